@@ -1,0 +1,1 @@
+"""Measures attention: providers on the same inputs, interleaved, no speed without fidelity."""

@@ -1,0 +1,292 @@
+"""The bars of ``targets``: what must be measured for each, and how its rows are judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from manyheads.bench.row import Row, against
+from manyheads.bench.suite import Case
+
+OURS = "manyheads"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One promise.
+
+    Attributes:
+        name: Name of the case in ``targets``.
+        cases: What must be measured; the rows of a case that the file has already are used again.
+        judge: From the rows of these cases, in order, to rows with target, measured and verdict.
+        seconds: Expected duration.
+        level: The first level that includes it: ``"quick"`` or ``"default"``.
+    """
+
+    name: str
+    cases: tuple[Case, ...] = field(repr=False)
+    judge: Callable[[list[list[Row]]], list[Row]] = field(repr=False)
+    seconds: float = 10.0
+    level: str = "default"
+
+
+def at_least(base: Row, measured: float | None, target: float, unit: str = "x") -> Row:
+    """A bar that is met from a number upwards.
+
+    Args:
+        base: A row of ``targets`` with the bar in words.
+        measured: What was found, ``None`` if nothing could be.
+        target: The number.
+        unit: Its unit.
+
+    Returns:
+        The judged row.
+
+    Example:
+        >>> at_least(Row("targets", "dense", "manyheads", bar="dense"), 2.0, 1.9).verdict
+        'met'
+    """
+    return _judged(base, measured, f">= {target:g}{_unit(unit)}", measured is not None and measured >= target)
+
+
+def at_most(base: Row, measured: float | None, target: float, unit: str = "x") -> Row:
+    """A bar that is met up to a number; arguments as for ``at_least``."""
+    return _judged(
+        base, measured, f"<= {target:.4g}{_unit(unit)}", measured is not None and measured <= target
+    )
+
+
+def one(rows: Sequence[Row], provider: str) -> Row | None:
+    """The row of a provider, ``None`` if it is not there or was not measured."""
+    return next((r for r in rows if r.provider == provider and r.status == "measured"), None)
+
+
+def speedup(rows: Sequence[Row], over: str) -> tuple[float | None, str | None]:
+    """Ours against a named provider, if both results are right.
+
+    Args:
+        rows: Rows of one case.
+        over: Name of the provider.
+
+    Returns:
+        The ratio of times, or ``None`` and the reason.
+    """
+    ours, theirs = one(rows, OURS), one(rows, over)
+    for name, row in ((OURS, ours), (over, theirs)):
+        if row is None:
+            stood = next((r for r in rows if r.provider == name), None)
+            return None, f"{name}: {stood.reason if stood is not None else 'took no part'}"
+        if row.gate != "green":
+            return (
+                None,
+                f"{name}: error {row.error:.2e} above {row.error_limit or 0:.2e}, no speed-up counts",
+            )
+    assert ours is not None and theirs is not None
+    return against(ours, theirs).ratio, None
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The mean that ratios have.
+
+    Example:
+        >>> geometric_mean([1.0, 4.0])
+        2.0
+    """
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def dense(base: Row, target: float) -> Callable[[list[list[Row]]], list[Row]]:
+    """Ours against SDPA without a mask, at every deviation of the logits; the slowest counts."""
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        found = [speedup(rows, "sdpa") for rows in measured]
+        reasons = [reason for _, reason in found if reason]
+        ratios = [ratio for ratio, _ in found if ratio is not None]
+        value = min(ratios) if ratios and not reasons else None
+        return [at_least(base.replace(note="; ".join(reasons) or _errors(measured)), value, target)]
+
+    return judge
+
+
+def against_flex(
+    base: Row, names: Sequence[str], mean: float, least: float
+) -> Callable[[list[list[Row]]], list[Row]]:
+    """Ours against compiled FlexAttention over many masks: the geometric mean and the worst."""
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        found = {name: speedup(rows, "flex") for name, rows in zip(names, measured, strict=True)}
+        reasons = [f"{name}: {reason}" for name, (_, reason) in found.items() if reason]
+        ratios = {name: ratio for name, (ratio, _) in found.items() if ratio is not None}
+        if reasons or not ratios:
+            note = "; ".join(reasons[:3]) + (f" and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+            base_bad = base.replace(note=note or "nothing measured")
+            return [
+                at_least(_worded(base_bad, "geometric mean"), None, mean),
+                at_least(_worded(base_bad, "worst mask"), None, least),
+            ]
+        worst = min(ratios, key=lambda name: ratios[name])
+        return [
+            at_least(_worded(base, "geometric mean"), geometric_mean(list(ratios.values())), mean),
+            at_least(_worded(base, "worst mask").replace(note=worst), ratios[worst], least),
+        ]
+
+    return judge
+
+
+def cost_follows_area(
+    base: Row, names: Sequence[str], slope: float, offset: float
+) -> Callable[[list[list[Row]]], list[Row]]:
+    """Time of each mask over dense time, against the density of visited tiles.
+
+    Dense is the faster of ours and SDPA.
+
+    The first case is the dense one, which is no row of its own.
+    """
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        times = [r.median_ms for p in (OURS, "sdpa") if (r := one(measured[0], p)) and r.gate == "green"]
+        whole = min((t for t in times if t is not None), default=None)
+        out = []
+        for name, rows in zip(names, measured[1:], strict=True):
+            ours = one(rows, OURS)
+            right = ours is not None and ours.gate == "green"
+            share = ours.median_ms / whole if right and ours and ours.median_ms and whole else None
+            density = ours.density if ours is not None and ours.density is not None else 1.0
+            row = _worded(base, name)
+            if ours is not None:
+                row = row.replace(density=ours.density, area=ours.area, mask=ours.mask)
+                row = row.replace(note=f"exact area {ours.area:.1%}" if right else "its error gate is red")
+            out.append(at_most(row, share, slope * density + offset, "of dense"))
+        return out
+
+    return judge
+
+
+def backward(base: Row, speed: float, memory: float) -> Callable[[list[list[Row]]], list[Row]]:
+    """Forward and backward against SDPA with a boolean mask: time, and peak memory."""
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        rows = measured[0]
+        ratio, reason = speedup(rows, "sdpa")
+        peaks = [r.peak_mib if (r := one(rows, p)) is not None else None for p in (OURS, "sdpa")]
+        less = (
+            max(peaks[1], 0.0) / max(peaks[0], 0.1) if peaks[0] is not None and peaks[1] is not None else None
+        )
+        note = None if less is None else f"{peaks[0]:.0f} against {peaks[1]:.0f} MiB"
+        return [
+            at_least(_worded(base, "speed").replace(note=reason), ratio, speed),
+            at_least(
+                _worded(base, "peak memory beyond inputs and results").replace(note=note),
+                less,
+                memory,
+                "x less",
+            ),
+        ]
+
+    return judge
+
+
+def layout(base: Row, ms: float, mib: float | None) -> Callable[[list[list[Row]]], list[Row]]:
+    """Time, peak memory and unique tiles of compiling a mask both ways."""
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        row = one(measured[0], OURS)
+        tiles = None if row is None or row.unique_tiles is None else float(row.unique_tiles)
+        out = [
+            at_most(_worded(base, "time"), row.median_ms if row else None, ms, "ms"),
+            at_most(_worded(base, "unique tiles"), tiles, 4, ""),
+        ]
+        if mib is not None:
+            out.insert(1, at_most(_worded(base, "peak memory"), row.peak_mib if row else None, mib, "MiB"))
+        return out
+
+    return judge
+
+
+def linear_memory(base: Row, lengths: Sequence[int], gib: float) -> Callable[[list[list[Row]]], list[Row]]:
+    """Peak memory per token from the shortest to the longest, and the whole process at the longest."""
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        found = [one(rows, OURS) for rows in measured]
+        peaks = [None if r is None else r.peak_mib for r in found]
+        growth = None
+        if peaks[0] is not None and peaks[-1] is not None:
+            growth = (max(peaks[-1], 0.1) / lengths[-1]) / (max(peaks[0], 0.1) / lengths[0])
+        note = ", ".join(f"{n}: {p:.0f} MiB" for n, p in zip(lengths, peaks, strict=True) if p is not None)
+        last = found[-1]
+        whole = None if last is None or last.process_mib is None else last.process_mib / 1024
+        return [
+            at_most(_worded(base, "growth per token").replace(note=note or None), growth, 1.25),
+            at_most(_worded(base, f"process peak at {lengths[-1]}"), whole, gib, "GiB"),
+        ]
+
+    return judge
+
+
+def overhead(base: Row, most: dict[str, float]) -> Callable[[list[list[Row]]], list[Row]]:
+    """Microseconds of each way through ``attention`` above the bare call."""
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        out = []
+        for provider, target in most.items():
+            row = one(measured[0], provider)
+            out.append(
+                at_most(_worded(base, provider), None if row is None else row.overhead_us, target, "us")
+            )
+        return out
+
+    return judge
+
+
+def packing(
+    base: Row, given: float, by_length: float, cosine: float
+) -> Callable[[list[list[Row]]], list[Row]]:
+    """Sentences per second of the better packing against padded batches, and the agreement of embeddings."""
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        rows = measured[0]
+        packed = [r for r in rows if r.provider.startswith("packed") and r.rate and r.gate == "green"]
+        why = next((r.reason for r in rows if r.status != "measured"), None)
+        best = max(packed, key=lambda r: r.rate or 0.0, default=None)
+        out = []
+        for words, name, target in (
+            ("given order", "padded", given),
+            ("sorted by length", "sorted", by_length),
+        ):
+            theirs = one(rows, name)
+            ratio = best.rate / theirs.rate if best and best.rate and theirs and theirs.rate else None
+            out.append(
+                at_least(
+                    _worded(base, f"against {words}").replace(note=best.provider if best else why),
+                    ratio,
+                    target,
+                )
+            )
+        found = [r.agreement for r in rows if r.provider.startswith("packed") and r.agreement is not None]
+        agreement = min(found) if found else None
+        return [*out, at_least(_worded(base, "smallest cosine").replace(note=why), agreement, cosine, "")]
+
+    return judge
+
+
+def _judged(base: Row, measured: float | None, target: str, met: bool) -> Row:
+    verdict = "not measured" if measured is None else "met" if met else "missed"
+    return base.replace(target=target, measured=measured, verdict=verdict)
+
+
+def _worded(base: Row, more: str) -> Row:
+    return base.replace(bar=f"{base.bar}: {more}")
+
+
+def _unit(unit: str) -> str:
+    return unit if unit in ("", "x") else f" {unit}"
+
+
+def _errors(measured: Sequence[Sequence[Row]]) -> str:
+    parts = []
+    for rows in measured:
+        ours, theirs = one(rows, OURS), one(rows, "sdpa")
+        if ours and theirs and ours.error is not None and theirs.error:
+            parts.append(f"error {ours.error / theirs.error:.2f}x SDPA's")
+    return ", ".join(parts)

@@ -1,0 +1,328 @@
+"""Tables and progress: rich on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+from manyheads.bench.row import Row
+from manyheads.bench.suite import Case
+
+Column = tuple[str, Callable[[Row], str]]
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns that have something to say about these rows.
+
+    Args:
+        rows: Rows of one suite.
+
+    Returns:
+        Heading and cell function of each.
+    """
+    return [(head, cell) for head, cell in _COLUMNS if any(cell(row) for row in rows)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Draws rows as plain text, columns aligned.
+
+    Args:
+        rows: Rows of one suite.
+
+    Returns:
+        A heading line, then one line a row.
+
+    Example:
+        >>> print(table([Row("masks", "causal", "sdpa", median_ms=1.5, p20_ms=1.4, p80_ms=1.6)]))
+        case    provider  phase    ms    spread
+        causal  sdpa      forward  1.50  1.40-1.60
+    """
+    shown = columns(rows)
+    cells = [[head for head, _ in shown], *([cell(row) for _, cell in shown] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def capability_table(entries: Sequence[tuple[str, dict[str, str]]]) -> str:
+    """Draws who can do what; reasons are numbered and listed once below.
+
+    Args:
+        entries: Name of a problem, and by provider ``"yes"`` or the reason for refusing.
+
+    Returns:
+        The table and its reasons.
+
+    Example:
+        >>> print(capability_table([("causal 8192", {"sdpa": "yes", "flex": "no backward"})]))
+        problem      sdpa  flex
+        causal 8192  yes   no (1)
+          (1) no backward
+    """
+    names = list(dict.fromkeys(name for _, answers in entries for name in answers))
+    reasons: dict[str, int] = {}
+    lines = [["problem", *names]]
+    for problem, answers in entries:
+        line = [problem]
+        for name in names:
+            answer = answers.get(name, "")
+            line.append(
+                answer if answer in ("yes", "") else f"no ({reasons.setdefault(answer, len(reasons) + 1)})"
+            )
+        lines.append(line)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
+    drawn = [
+        "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+    return "\n".join([*drawn, *(f"  ({number}) {reason}" for reason, number in reasons.items())])
+
+
+class Plain:
+    """Progress as lines: for logs, pipes and machines without rich."""
+
+    def __init__(self, cases: Sequence[Case], *, stream: TextIO | None = None, quiet: bool = False) -> None:
+        """Remembers how many cases there are and where to write."""
+        self._stream = sys.stderr if stream is None else stream
+        self._count, self._done, self._quiet = len(cases), 0, quiet
+
+    def say(self, text: str) -> None:
+        """A line for each case is enough for a log."""
+
+    def done(self, case: Case, rows: list[Row], seconds: float) -> None:
+        """Writes one line for the case and one for each row."""
+        self._done += 1
+        if self._quiet:
+            return
+        print(f"[{self._done}/{self._count}] {case.suite}/{case.name} ({seconds:.1f} s)", file=self._stream)
+        for row in rows:
+            print(f"    {summary(row)}", file=self._stream)
+        self._stream.flush()
+
+    def __enter__(self) -> Plain:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to take down."""
+
+
+class Rich:
+    """A progress bar with the rows of the last cases above it.
+
+    It is redrawn from the benchmark's own thread, and only between measurements: a second thread would be in
+    the way of what is measured.
+    """
+
+    KEPT = 12
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        """Makes the bar; nothing is drawn yet."""
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.description}", markup=False),
+            console=self._console,
+            auto_refresh=False,
+        )
+        self._left = sum(case.seconds for case in cases)
+        self._seconds = {case.key: case.seconds for case in cases}
+        self._task = self._progress.add_task("", total=len(cases), left=self._estimate())
+        self._rows: list[Row] = []
+        self._live = Live(self._view(), console=self._console, auto_refresh=False, transient=True)
+
+    def say(self, text: str) -> None:
+        """Redraws with what is going on."""
+        self._progress.update(self._task, description=text)
+        self._live.update(self._view(), refresh=True)
+
+    def done(self, case: Case, rows: list[Row], seconds: float) -> None:
+        """Moves the bar and shows the rows."""
+        self._rows = [*self._rows, *rows][-self.KEPT :]
+        if case.key in self._seconds:
+            self._left -= self._seconds.pop(case.key)
+            self._progress.update(self._task, advance=1, left=self._estimate())
+        self._live.update(self._view(), refresh=True)
+
+    def _estimate(self) -> str:
+        minutes = max(self._left, 0.0) / 60
+        return f"about {minutes:.0f} min left" if minutes >= 1 else "under a minute left"
+
+    def _view(self) -> Any:
+        from rich.console import Group
+
+        return Group(rich_table(self._rows), self._progress) if self._rows else self._progress
+
+    def __enter__(self) -> Rich:
+        """Starts drawing."""
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Takes the bar down."""
+        self._live.__exit__(kind, error, trace)
+
+
+def rich_table(rows: Sequence[Row], title: str | None = None) -> Any:
+    """The table of ``table`` for a terminal, red where a gate or a verdict is.
+
+    Args:
+        rows: Rows of one suite.
+        title: Heading.
+
+    Returns:
+        A rich renderable.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = columns(rows)
+    drawn = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    for head, _ in shown:
+        drawn.add_column(head, justify="right" if head in _RIGHT else "left", overflow="fold")
+    for row in rows:
+        bad = row.gate == "red" or row.status == "failed" or row.verdict == "missed"
+        style = (
+            "red" if bad else "dim" if row.status == "refused" else "green" if row.verdict == "met" else ""
+        )
+        drawn.add_row(*(Text(cell(row)) for _, cell in shown), style=style)
+    return drawn
+
+
+def choose(cases: Sequence[Case], *, quiet: bool = False) -> Plain | Rich:
+    """Rich on a terminal that has it, plain lines otherwise.
+
+    Args:
+        cases: What will run.
+        quiet: No progress at all.
+    """
+    if not quiet and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+        return Rich(cases)
+    return Plain(cases, quiet=quiet)
+
+
+def show_tables(rows: Sequence[Row]) -> None:
+    """Prints one table for each suite to standard output."""
+    fancy = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+    for suite in dict.fromkeys(row.suite for row in rows):
+        own = [row for row in rows if row.suite == suite]
+        if fancy:
+            from rich.console import Console
+
+            Console().print(rich_table(own, suite))
+        else:
+            print(f"\n{suite}\n{table(own)}")
+
+
+def summary(row: Row) -> str:
+    """One row on one line.
+
+    Example:
+        >>> summary(Row("masks", "causal", "flex", status="refused", reason="no compiler"))
+        'flex: refused: no compiler'
+    """
+    if row.status != "measured":
+        return f"{row.provider}: {row.status}: {row.reason}"
+    if row.bar is not None:
+        return f"{row.bar}: {number(row.measured)} (target {row.target}): {row.verdict}"
+    parts = [f"{cell(row)} {head}" for head, cell in _COLUMNS if head in _BRIEF and cell(row)]
+    return f"{row.provider}: {', '.join(parts)}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Writes a number with some significant digits and no exponent where none is needed.
+
+    Example:
+        >>> [number(x) for x in (0.00001234, 0.01234, 1.5, 1234.5, None)]
+        ['1.23e-05', '0.0123', '1.50', '1234', '']
+    """
+    if value is None:
+        return ""
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    if whole == 0 and value:
+        leading = len(f"{abs(value):.10f}".split(".")[1]) - len(
+            f"{abs(value):.10f}".split(".")[1].lstrip("0")
+        )
+        return f"{value:.{digits + leading}f}"
+    return f"{value:.{max(digits - whole, 0)}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f}%" if value >= 0.1 else f"{100 * value:.1f}%"
+
+
+def _spread(row: Row) -> str:
+    if row.p20_ms is None:
+        return ""
+    return f"{number(row.p20_ms)}-{number(row.p80_ms)}{' noisy' if row.noisy else ''}"
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is None or row.baseline == row.provider:
+        return ""
+    return f"{number(row.ratio)}x {row.baseline}"
+
+
+def _remark(row: Row) -> str:
+    if row.status != "measured":
+        return f"{row.status}: {row.reason}"
+    return "; ".join(x for x in (row.note,) if x)
+
+
+_COLUMNS: list[Column] = [
+    ("bar", lambda r: r.bar or ""),
+    ("target", lambda r: r.target or ""),
+    ("measured", lambda r: number(r.measured)),
+    ("verdict", lambda r: r.verdict or ""),
+    ("case", lambda r: "" if r.bar else r.case),
+    ("provider", lambda r: "" if r.bar else r.provider),
+    ("phase", lambda r: "" if r.bar else r.phase),
+    ("shape", lambda r: "" if r.bar else r.shape or ""),
+    ("ms", lambda r: number(r.median_ms)),
+    ("spread", _spread),
+    ("first ms", lambda r: number(r.first_ms)),
+    ("MiB", lambda r: number(r.peak_mib)),
+    ("process MiB", lambda r: number(r.process_mib)),
+    ("error", lambda r: number(r.error)),
+    ("gate", lambda r: "" if r.gate == "unchecked" else r.gate),
+    ("GFLOP/s", lambda r: number(r.gflops)),
+    ("of limit", lambda r: _percent(r.of_matrix_rate)),
+    ("density", lambda r: _percent(r.density)),
+    ("overhead us", lambda r: "" if r.overhead_us is None else f"{r.overhead_us:+.1f}"),
+    ("unique tiles", lambda r: "" if r.unique_tiles is None else str(r.unique_tiles)),
+    ("rate", lambda r: f"{number(r.rate)} {r.rate_unit or ''}".strip() if r.rate is not None else ""),
+    ("waste", lambda r: _percent(r.waste)),
+    ("agreement", lambda r: "" if r.agreement is None else f"{r.agreement:.6f}"),
+    ("ratio", _ratio),
+    ("remark", _remark),
+]
+_RIGHT = {
+    "ms",
+    "first ms",
+    "MiB",
+    "process MiB",
+    "error",
+    "GFLOP/s",
+    "of limit",
+    "density",
+    "measured",
+    "waste",
+}
+_BRIEF = {"ms", "MiB", "overhead us", "unique tiles", "rate", "agreement", "gate", "ratio"}

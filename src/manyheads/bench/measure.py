@@ -1,0 +1,239 @@
+"""One attention problem through several providers: same inputs, interleaved, each result judged first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.bench import memory, oracle, providers
+from manyheads.bench.limits import Limits
+from manyheads.bench.row import Row, against
+from manyheads.bench.suite import Context
+from manyheads.bench.timing import interleave
+from manyheads.bench.workload import Problem
+from manyheads.common.errors import UnsupportedError
+from manyheads.mask import Full, Mask
+
+DENSITY_TILE = (128, 64)
+"""Density is the share of tiles of this size that hold a visible pair."""
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Area:
+    """What a mask lets see, counted exactly over batch and heads."""
+
+    pairs: int
+    density: float
+    area: float
+
+
+def area(mask: Mask, nq: int, nk: int, *, batch: int = 1, heads: int = 1) -> Area:
+    """Counts visible pairs and visited tiles.
+
+    Args:
+        mask: The mask.
+        nq: Query tokens.
+        nk: Key tokens.
+        batch: Batch size.
+        heads: Query heads.
+
+    Returns:
+        Pairs over batch and heads, and the shares of tiles and of pairs.
+    """
+    layout = mask.tiles(nq, nk, tile=DENSITY_TILE, batch=batch, heads=heads)
+    return Area(int(layout.pairs), float(layout.density), layout.pairs / (batch * heads * nq * nk))
+
+
+def attention_rows(
+    context: Context,
+    base: Row,
+    problem: Problem,
+    chosen: Sequence[str],
+    *,
+    inputs: Inputs | None = None,
+    with_memory: Sequence[str] = (),
+    rounds: tuple[int, int] = (5, 50),
+) -> list[Row]:
+    """Measures one problem.
+
+    Args:
+        context: The running benchmark.
+        base: A row with suite and case filled in, and whatever else all rows share.
+        problem: What is computed.
+        chosen: Names of providers, in order.
+        inputs: q, k, v to use instead of drawn ones.
+        with_memory: Providers whose peak memory is measured too, each in another process.
+        rounds: Fewest and most rounds.
+
+    Returns:
+        One row for each provider, refused and failed ones included.
+    """
+    q, k, v = problem.tensors() if inputs is None else inputs
+    seen = area(problem.mask, problem.queries, problem.nk, batch=problem.batch, heads=problem.heads)
+    base = base.replace(
+        phase=problem.phase,
+        shape=problem.shape,
+        length=problem.queries,
+        dtype=problem.dtype,
+        mask=problem.mask.text,
+        input=base.input or f"normal, logit deviation {problem.deviation:g}",
+        pairs=seen.pairs,
+        flops=problem.flops(seen.pairs),
+        density=seen.density,
+        area=seen.area,
+        seed=problem.seed,
+    )
+    known = oracle.truth(problem, q, k, v)
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for name in chosen:
+        context.say(f"{base.suite}/{base.case}: {name}, first call")
+        rows[name], call = _first(base.replace(provider=name), problem, (q, k, v), known)
+        if call is not None:
+            calls[name] = call
+    if calls:
+        context.say(f"{base.suite}/{base.case}: timing {', '.join(calls)}")
+        with torch.set_grad_enabled(problem.backward):
+            times = interleave(calls, budget_s=context.options.seconds, rounds=rounds)
+        for name, timing in times.items():
+            timed = rows[name].replace(**{**timing.fields(), "first_ms": rows[name].first_ms})
+            rows[name] = _rated(timed, problem, context.limits)
+    for name in with_memory:
+        if name in calls and inputs is None:
+            context.say(f"{base.suite}/{base.case}: peak memory of {name}")
+            rows[name] = with_peak(rows[name], problem)
+    return compare([rows[name] for name in chosen])
+
+
+def compare(rows: list[Row]) -> list[Row]:
+    """Sets each row's ratio to the fastest way to do the same work that is not ours.
+
+    Args:
+        rows: Rows of one case.
+
+    Returns:
+        The rows, with ``baseline`` and ``ratio`` where both sides may be believed.
+    """
+    peers = [r for r in rows if r.provider in ("sdpa", "flex") and r.gate == "green" and r.median_ms]
+    if not peers:
+        return rows
+    fastest = min(peers, key=lambda r: r.median_ms or 0.0)
+    return [r if r.median_ms is None else against(r, fastest) for r in rows]
+
+
+def with_peak(row: Row, problem: Problem) -> Row:
+    """Adds the peak memory of one call, measured in a fresh process."""
+    if (reason := memory.available()) is not None:
+        return row.replace(note=reason)
+    try:
+        with memory.Worker() as worker:
+            peak = worker.ask("manyheads.bench.measure:peak_of", problem, row.provider)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        return row.replace(note=f"peak memory not measured: {error}")
+    return row.replace(peak_mib=peak.beyond_mib, process_mib=peak.process_mib)
+
+
+def peak_of(problem: Problem, provider: str) -> memory.Peak:
+    """Runs in the measuring process: one call of one provider.
+
+    Args:
+        problem: What is computed.
+        provider: Name of the provider.
+
+    Returns:
+        The peak beyond inputs, output and gradients, and of the process.
+    """
+    adapter = providers.get(provider)
+    small = Problem(Full(), 64, heads=problem.heads, kv_heads=problem.kv_heads, dtype=problem.dtype)
+    small = Problem(**{**vars(small), "width": problem.width, "phase": problem.phase})
+    bound(
+        adapter.prepare(small), small, small.tensors()
+    )()  # libraries, threads and probes are no part of the call
+    inputs = problem.tensors()
+    forward = adapter.prepare(problem)
+    call = bound(forward, problem, inputs)
+    if provider == "flex":
+        call()  # compilation is timed apart, so its memory is too
+    with torch.set_grad_enabled(problem.backward):
+        return memory.peak_here(call, results=lambda found: sum(t.nbytes for t in found))
+
+
+def bound(
+    forward: providers.Forward, problem: Problem, inputs: Inputs, dout: Tensor | None = None
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Binds inputs to a call: the output, and with gradients those of q, k and v.
+
+    Args:
+        forward: What a provider prepared.
+        problem: Says whether gradients are part of the work.
+        inputs: q, k, v.
+        dout: Upstream gradient; drawn if not given.
+
+    Returns:
+        A function without arguments.
+    """
+    q, k, v = inputs
+    if not problem.backward:
+
+        def run() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (forward(q, k, v),)
+
+        return run
+    leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
+    if dout is None:
+        generator = torch.Generator().manual_seed(problem.seed + 2)
+        dout = torch.randn(*q.shape[:3], v.shape[3], generator=generator).to(q.dtype)
+
+    def run_both() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            out = forward(*leaves)
+            return (out.detach(), *torch.autograd.grad(out, leaves, dout))
+
+    return run_both
+
+
+def _first(
+    row: Row, problem: Problem, inputs: Inputs, known: oracle.Truth
+) -> tuple[Row, Callable[[], object] | None]:
+    """Prepares a provider, times its first call and judges the result; no call to time if it refuses."""
+    adapter = providers.get(row.provider)
+    if (reason := adapter.refuse(problem)) is not None:
+        return row.replace(status="refused", reason=reason), None
+    try:
+        start = time.perf_counter()
+        forward = adapter.prepare(problem)
+        found = bound(forward, problem, inputs, known.dout)()
+        first_ms = (time.perf_counter() - start) * 1e3
+    except UnsupportedError as error:
+        return row.replace(status="refused", reason=str(error).splitlines()[0]), None
+    except Exception as error:  # a provider that breaks is a row, not the end of the benchmark
+        return row.replace(status="failed", reason=brief(error)), None
+    sampled = tuple(t[:, :, known.rows] if i < 2 else t for i, t in enumerate(found))
+    row = row.replace(first_ms=first_ms, **oracle.judge(sampled, known).fields())
+    return row, bound(forward, problem, inputs)
+
+
+def _rated(row: Row, problem: Problem, limits: Limits) -> Row:
+    """Adds the rates that follow from the time."""
+    assert row.median_ms is not None and row.flops is not None
+    gflops = row.flops / row.median_ms / 1e6
+    matrix = limits.matrix.get(problem.dtype)
+    return row.replace(
+        gflops=gflops,
+        of_matrix_rate=gflops / matrix if matrix else None,
+        of_copy_rate=problem.bytes() / row.median_ms / 1e6 / limits.copy if limits.copy else None,
+    )
+
+
+def brief(error: BaseException) -> str:
+    """The kind of an error and the first line that says something."""
+    lines: list[Any] = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

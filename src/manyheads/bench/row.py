@@ -1,0 +1,183 @@
+"""One measurement: a flat record, the same for every suite."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA = 1
+"""Version of the file format; a reader refuses a newer one."""
+
+GATES = ("green", "red", "unchecked")
+STATUSES = ("measured", "refused", "failed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results file.
+
+    A field that does not apply is ``None`` and is left out of the file. Times are milliseconds, memory is
+    mebibytes (2**20 bytes), shares and fractions are between 0 and 1.
+
+    Attributes:
+        suite: Name of the suite.
+        case: Name of the case in its suite; rows of one case were run interleaved on the same inputs.
+        provider: Who did the work.
+        phase: ``"forward"``, ``"forward+backward"``, ``"build"`` or another word of the suite.
+        status: ``"measured"``, ``"refused"`` (see ``reason``) or ``"failed"`` (see ``reason``).
+        reason: Why nothing was measured.
+        shape: The problem in words, ``"1x8x8192x64"`` for batch x heads x tokens x width.
+        length: Tokens, for plots over length.
+        dtype: ``"float32"``, ``"bfloat16"`` ...
+        mask: Canonical text of the mask, data left out.
+        input: Where q, k, v came from: ``"normal"``, ``"normal, logit deviation 8"``, ``"captured <file>"``.
+        median_ms: Median over interleaved rounds.
+        p20_ms: 20th percentile.
+        p80_ms: 80th percentile.
+        rounds: Number of rounds.
+        noisy: Whether the spread is too large for the median to be trusted.
+        first_ms: The first call apart: compilation, layout, probing.
+        peak_mib: Peak memory of one call beyond its inputs and results, in a process of its own.
+        process_mib: Peak memory of that whole process.
+        unique_tiles: Distinct bitmaps of a layout.
+        error: Largest absolute difference from float64.
+        error_norm: Frobenius norm of the difference over that of the float64 result.
+        error_limit: What ``error`` may be.
+        gate: ``"green"``, ``"red"`` or ``"unchecked"``; only green rows have a ratio.
+        pairs: Exact number of visible (query, key) pairs over batch and heads.
+        flops: Floating-point operations that these pairs need.
+        gflops: Those over the median time, in 1e9 per second.
+        of_matrix_rate: ``gflops`` as a share of the measured matrix rate in this dtype.
+        of_copy_rate: Bytes of inputs and results over time, as a share of the measured copy bandwidth.
+        density: Share of tiles visited.
+        area: Share of pairs visible.
+        baseline: The provider that ``ratio`` divides.
+        ratio: Time of the baseline over time of this row (above 1 is faster).
+        overhead_us: Microseconds above the bare call, the median of differences within a round.
+        rate: Items per second, where the work has items.
+        rate_unit: What the items are: ``"sentences/s"``.
+        waste: Share of tokens computed for nothing.
+        agreement: Smallest cosine between this row's results and the baseline's.
+        bar: In ``targets``: the bar in words.
+        target: In ``targets``: what the bar asks, with its unit and direction.
+        measured: In ``targets``: the number that was found.
+        verdict: In ``targets``: ``"met"``, ``"missed"`` or ``"not measured"``.
+        note: Anything else a reader must know.
+        seed: Seed of the inputs.
+    """
+
+    suite: str
+    case: str
+    provider: str
+    phase: str = "forward"
+    status: str = "measured"
+    reason: str | None = None
+    shape: str | None = None
+    length: int | None = None
+    dtype: str | None = None
+    mask: str | None = None
+    input: str | None = None
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    rounds: int | None = None
+    noisy: bool | None = None
+    first_ms: float | None = None
+    peak_mib: float | None = None
+    process_mib: float | None = None
+    unique_tiles: int | None = None
+    error: float | None = None
+    error_norm: float | None = None
+    error_limit: float | None = None
+    gate: str = "unchecked"
+    pairs: int | None = None
+    flops: int | None = None
+    gflops: float | None = None
+    of_matrix_rate: float | None = None
+    of_copy_rate: float | None = None
+    density: float | None = None
+    area: float | None = None
+    baseline: str | None = None
+    ratio: float | None = None
+    overhead_us: float | None = None
+    rate: float | None = None
+    rate_unit: str | None = None
+    waste: float | None = None
+    agreement: float | None = None
+    bar: str | None = None
+    target: str | None = None
+    measured: float | None = None
+    verdict: str | None = None
+    note: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Holds the two rules that no row may break: known words, and no speed-up without fidelity."""
+        if self.status not in STATUSES:
+            raise ValueError(f"status: expected one of {STATUSES}, got {self.status!r}")
+        if self.gate not in GATES:
+            raise ValueError(f"gate: expected one of {GATES}, got {self.gate!r}")
+        if self.ratio is not None and self.gate != "green":
+            raise ValueError(f"ratio: a row whose gate is {self.gate} reports no speed-up")
+        if self.status != "measured" and not self.reason:
+            raise ValueError(f"reason: a {self.status} row says why")
+
+    def replace(self, **changes: Any) -> Row:
+        """Returns the row with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """Writes the row as one line of JSON, empty fields left out.
+
+        Example:
+            >>> Row("masks", "causal", "sdpa", median_ms=1.5).to_json()
+            '{"kind": "row", "suite": "masks", "case": "causal", "provider": "sdpa", "phase": "forward", \
+"status": "measured", "median_ms": 1.5, "gate": "unchecked"}'
+        """
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return json.dumps({"kind": "row", **values}, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        """Reads a row back; fields that this version does not know are an error.
+
+        Args:
+            values: The parsed line.
+
+        Raises:
+            ValueError: A field is unknown or missing, or breaks a rule of the row.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in values.items() if k != "kind"}
+        if extra := sorted(set(given) - known):
+            raise ValueError(f"row: unknown fields {extra}; was the file written by a newer version?")
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise ValueError(f"row: {error}") from None
+
+
+def against(row: Row, baseline: Row) -> Row:
+    """Adds the ratio of a baseline's time to this row's, if both may be believed.
+
+    Args:
+        row: The row that claims to be faster.
+        baseline: The row that it is compared with, of the same case.
+
+    Returns:
+        The row with ``baseline`` named, and ``ratio`` set only when both rows were measured and both gates
+        are green.
+
+    Example:
+        >>> ours = Row("masks", "causal", "ours", median_ms=2.0, gate="green")
+        >>> theirs = Row("masks", "causal", "sdpa", median_ms=5.0, gate="green")
+        >>> against(ours, theirs).ratio
+        2.5
+        >>> against(ours.replace(gate="red"), theirs).ratio is None
+        True
+    """
+    believed = row.gate == baseline.gate == "green" and row.median_ms and baseline.median_ms
+    ratio = baseline.median_ms / row.median_ms if believed else None  # type: ignore[operator]
+    return row.replace(baseline=baseline.provider, ratio=ratio)

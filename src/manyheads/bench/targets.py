@@ -1,0 +1,231 @@
+"""Suite ``targets``: every promise of speed and memory with what was measured and a verdict.
+
+Each bar is measured at the shape it names and at one more that the seed draws, so that nothing is tuned to
+one shape. Rows of other suites in the same file are used again; what is missing is measured first.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+
+from manyheads.bench import bars, layouts, masks, overhead
+from manyheads.bench.bars import Bar
+from manyheads.bench.measure import attention_rows
+from manyheads.bench.row import Row
+from manyheads.bench.suite import Case, Context, Options, Suite
+from manyheads.bench.workload import Problem
+from manyheads.mask import as_mask
+from manyheads.mask.longca import STATIC
+
+DTYPES = ("float32", "bfloat16")
+DENSE = {"float32": 1.4, "bfloat16": 1.9}
+DEVIATIONS = (1.0, 8.0)
+FLEX = {"float32": (1.3, 1.0), "bfloat16": (2.6, 1.8)}
+"""Geometric mean over the masks, and the worst."""
+AREA = {"float32": (1.3, 0.03), "bfloat16": (1.45, 0.03)}
+"""Time over dense time is at most the first times density plus the second."""
+BACKWARD = (9.0, 10.0)
+"""Times faster, and times less peak memory."""
+LAYOUTS: dict[int, dict[str, tuple[float, float | None]]] = {
+    131_072: {"windowed": (30.0, None), "causal": (30.0, None), "unkeyed": (30.0, None)},
+    1_048_576: {"windowed": (100.0, 128.0), "causal": (500.0, 256.0), "unkeyed": (800.0, 128.0)},
+}
+"""Milliseconds and MiB by length and way of compiling."""
+MEMORY_LENGTHS, MEMORY_GIB = (65_536, 131_072, 262_144), 1.0
+OVERHEAD = {"delegated": 10.0, "engine op": 20.0, "with gradients": 40.0}
+PACKING = (4.0, 1.05, 0.9999)
+"""Sentences per second over padded batches in the given order, over sorted ones; smallest cosine."""
+
+
+def cases(options: Options) -> list[Case]:
+    """One case for each bar, at its own shape and at a drawn one; ``--quick`` keeps what takes seconds."""
+    made = [*_dense(options), *_masks(options), *_backward(options), *_layouts(options)]
+    made += [*_memory(options), *_overhead(options), *_packing(options)]
+    kept = made if options.level != "quick" else [bar for bar in made if bar.level == "quick"]
+    return [_case(bar) for bar in kept]
+
+
+def _case(bar: Bar) -> Case:
+    def run(context: Context) -> list[Row]:
+        return bar.judge([context.rows(case) for case in bar.cases])
+
+    return Case("targets", bar.name, run, bar.seconds, (bars.OURS,))
+
+
+def _draw(options: Options, bar: str) -> np.random.Generator:
+    """The source of a bar's drawn shape: the same for the same seed, whatever else runs."""
+    return np.random.default_rng([options.seed, zlib.crc32(bar.encode())])
+
+
+def _base(name: str, words: str, **more: object) -> Row:
+    return Row("targets", name, bars.OURS, bar=words).replace(**more)
+
+
+def _attention(name: str, seconds: float, problem: Problem, *, memory: bool = False) -> Case:
+    """A measurement that only ``targets`` needs: ours against SDPA."""
+    own = (bars.OURS, "sdpa")
+
+    def run(context: Context) -> list[Row]:
+        chosen = context.options.chosen(own)
+        row = Row("targets", name, "-")
+        return attention_rows(context, row, problem, chosen, with_memory=chosen if memory else ())
+
+    return Case("targets", name, run, seconds, own)
+
+
+def _dense(options: Options) -> list[Bar]:
+    rng = _draw(options, "dense")
+    drawn = (
+        int(rng.integers(2049, 6144)),
+        int(rng.integers(3, 13)),
+        int(rng.choice([32, 48, 72, 80, 96, 128])),
+    )
+    made = []
+    for n, heads, width in ((4096, 8, 64), drawn):
+        for dtype in DTYPES:
+            stem = f"dense-{heads}x{n}x{width}-{dtype}"
+            problem = Problem(as_mask("full"), n, heads=heads, width=width, dtype=dtype, seed=options.seed)
+            measured = tuple(
+                _attention(f"{stem}-deviation{d:g}", 6.0, replace(problem, deviation=d)) for d in DEVIATIONS
+            )
+            words = f"dense forward (1,{heads},{n},{width}) {dtype} over SDPA"
+            base = _base(stem, words, dtype=dtype, length=n)
+            made.append(Bar(f"bar-{stem}", measured, bars.dense(base, DENSE[dtype]), 12.0))
+    return made
+
+
+def _masks(options: Options) -> list[Bar]:
+    rng = _draw(options, "masks")
+    drawn = (int(rng.integers(4097, 5632)), int(rng.integers(4, 10)), int(rng.choice([48, 64, 80])))
+    made = []
+    for n, heads, width in ((8192, 8, 64), drawn):
+        for dtype in DTYPES:
+            found = [masks.case(name, n, dtype, options, heads=heads, width=width) for name in STATIC]
+            seconds = sum(case.seconds for case in found)
+            where = f"N = {n}, {heads} heads, D {width}, {dtype}"
+            stem = f"{n}x{heads}x{width}-{dtype}"
+            base = _base(f"flex-{stem}", f"static masks over FlexAttention, {where}", dtype=dtype, length=n)
+            made.append(
+                Bar(f"bar-flex-{stem}", tuple(found), bars.against_flex(base, STATIC, *FLEX[dtype]), seconds)
+            )
+            base = _base(f"area-{stem}", f"cost follows area, {where}", dtype=dtype, length=n)
+            whole = found[list(STATIC).index("full")]
+            judge = bars.cost_follows_area(base, STATIC, *AREA[dtype])
+            made.append(Bar(f"bar-area-{stem}", (whole, *found), judge, 0.1))
+    return made
+
+
+def _backward(options: Options) -> list[Bar]:
+    rng = _draw(options, "backward")
+    n = int(rng.integers(6145, 9216))
+    made = []
+    for tokens, window in ((8192, 512), (n, int(rng.integers(n // 20, n // 16)))):
+        stem = f"backward-{tokens}-window{window}"
+
+        mask = as_mask(f"causal & window({window})")
+        problem = Problem(mask, tokens, phase="forward+backward", seed=options.seed)
+        measured = _attention(stem, 60.0, problem, memory=True)
+        base = _base(stem, f"forward + backward, causal window {window}, N = {tokens}", length=tokens)
+        made.append(Bar(f"bar-{stem}", (measured,), bars.backward(base, *BACKWARD), 60.0))
+    return made
+
+
+def _layouts(options: Options) -> list[Bar]:
+    rng = _draw(options, "layouts")
+    builds = {build.name: build for build in layouts.BUILDS}
+    made = []
+    for length, asked in LAYOUTS.items():
+        for name, (ms, mib) in asked.items():
+            level = "quick" if length == min(LAYOUTS) else "default"
+            made.append(_layout(builds[name], length, ms, mib, level))
+    drawn = int(rng.integers(4096, 8192)) * 128
+    mask = f"causal & window({int(rng.integers(1024, 8192))})"
+    for name, (ms, mib) in LAYOUTS[max(LAYOUTS)].items():
+        build = builds[name]
+        if name != "causal":
+            build = layouts.Build(f"drawn-{name}", mask, build.keyed)
+        made.append(_layout(build, drawn, ms, mib, "default"))
+    return made
+
+
+def _layout(build: layouts.Build, length: int, ms: float, mib: float | None, level: str) -> Bar:
+    words = f"layout {build.mask}{'' if build.keyed else ' without a tile key'}, N = {length:,}"
+    base = _base(f"layout-{build.name}-{length}", words, length=length, mask=build.mask)
+    return Bar(
+        f"bar-layout-{build.name}-{length}",
+        (layouts.case(build, length),),
+        bars.layout(base, ms, mib),
+        8.0,
+        level,
+    )
+
+
+def _memory(options: Options) -> list[Bar]:
+    rng = _draw(options, "memory")
+    last = int(rng.integers(180_001, 262_144))
+    made = []
+    for lengths, window in (
+        (MEMORY_LENGTHS, 1024),
+        ((last // 4, last // 2, last), int(rng.integers(512, 1536))),
+    ):
+        measured = tuple(_peak(n, window, options) for n in lengths)
+        base = _base(
+            f"memory-{lengths[-1]}", f"memory of forward, one head, window({window})", length=lengths[-1]
+        )
+        made.append(
+            Bar(f"bar-memory-{lengths[-1]}", measured, bars.linear_memory(base, lengths, MEMORY_GIB), 20.0)
+        )
+    return made
+
+
+def _peak(length: int, window: int, options: Options) -> Case:
+    """Memory only: timing a quarter of a million tokens would say nothing more."""
+    name = f"memory-{length}-window{window}"
+
+    def run(context: Context) -> list[Row]:
+        from manyheads.bench.measure import with_peak
+
+        problem = Problem(as_mask(f"window({window})"), length, heads=1, seed=options.seed)
+        context.say(f"targets/{name}: peak memory")
+        row = Row("targets", name, bars.OURS, shape=problem.shape, length=length, dtype=problem.dtype)
+        return [with_peak(row.replace(mask=problem.mask.text, seed=options.seed), problem)]
+
+    return Case("targets", name, run, 6.0, (bars.OURS,))
+
+
+def _overhead(options: Options) -> list[Bar]:
+    rng = _draw(options, "overhead")
+    drawn = (1, int(rng.integers(2, 9)), int(rng.integers(17, 96)), int(rng.choice([32, 48, 64])))
+    made = []
+    for shape in (overhead.SHAPE, drawn):
+        words = f"overhead of attention(), ({','.join(map(str, shape))}) causal"
+        base = _base("overhead-" + "x".join(map(str, shape)), words)
+        case = overhead.case(shape, options)
+        made.append(Bar(f"bar-{base.case}", (case,), bars.overhead(base, OVERHEAD), case.seconds, "quick"))
+    return made
+
+
+def _packing(options: Options) -> list[Bar]:
+    from manyheads.bench.packing import encoder_case
+
+    rng = _draw(options, "packing")
+    drawn = (int(rng.integers(150, 300)), int(rng.integers(1, 2**31)))
+    made = []
+    for documents, seed in ((512, None), drawn):
+        case = encoder_case("float32", options, documents=documents, seed=seed)
+        base = _base(
+            f"packing-{documents}", f"packing {documents} documents, float32, sentences/s", dtype="float32"
+        )
+        made.append(Bar(f"bar-packing-{documents}", (case,), bars.packing(base, *PACKING), case.seconds))
+    return made
+
+
+SUITE = Suite(
+    "targets",
+    "Every bar: target, measured, verdict; also at a shape drawn by seed.",
+    cases,
+    (bars.OURS, "sdpa", "flex"),
+)

@@ -1,0 +1,1 @@
+"""The few cores that every mechanism lowers to."""

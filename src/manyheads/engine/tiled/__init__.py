@@ -1,0 +1,173 @@
+"""Weighted averages over a tile layout: the engine of dense, local, block-sparse and packed attention."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ...common import checks
+from ...common.errors import UnsupportedError, unknown
+from ...mask.base import Mask
+from ...mask.layout import TileLayout
+from ..result import Attn
+from . import bias as biases
+from .bias import ALiBi, Bias, Pair, PerBlock, PerKey, Relative, Term
+from .op import BACKENDS, op
+from .weight import WEIGHTS, weight_named
+
+__all__ = ["ALiBi", "Attn", "Bias", "Pair", "PerBlock", "PerKey", "Relative", "WEIGHTS", "default_tile", "refuse", "tiled"]
+
+Positions = tuple[Tensor, Tensor]
+
+
+@overload
+def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask | TileLayout | str, *, return_lse: Literal[True], scale: float | None = ...,
+          bias: Bias | Term | None = ..., softcap: float | None = ..., sink: Tensor | None = ..., dropout_p: float = ...,
+          seed: Tensor | int | None = ..., skip_threshold: float | None = ..., weight: str = ...,
+          positions: Positions | None = ..., key_padding: Tensor | None = ..., tile: tuple[int, int] | None = ...,
+          backend: str = ...) -> Attn: ...  # fmt: skip
+@overload
+def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask | TileLayout | str, *, return_lse: Literal[False] = ...,
+          scale: float | None = ..., bias: Bias | Term | None = ..., softcap: float | None = ..., sink: Tensor | None = ...,
+          dropout_p: float = ..., seed: Tensor | int | None = ..., skip_threshold: float | None = ..., weight: str = ...,
+          positions: Positions | None = ..., key_padding: Tensor | None = ..., tile: tuple[int, int] | None = ...,
+          backend: str = ...) -> Tensor: ...  # fmt: skip
+def tiled(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | TileLayout | str, *, scale: float | None = None,
+    bias: Bias | Term | None = None, softcap: float | None = None, sink: Tensor | None = None, dropout_p: float = 0.0,
+    seed: Tensor | int | None = None, skip_threshold: float | None = None, weight: str = "softmax",
+    positions: Positions | None = None, key_padding: Tensor | None = None, tile: tuple[int, int] | None = None,
+    return_lse: bool = False, backend: str = "auto",
+) -> Tensor | Attn:  # fmt: skip
+    """Averages values with weights that depend on scores, over the pairs that a mask or layout allows.
+
+    ``out_i = sum_j w_ij v_j / sum_j w_ij`` with ``w_ij = exp(s_ij)`` (or another ``weight``) and
+    ``s_ij = cap(scale * q_i . k_j) + bias_ij`` on allowed pairs.
+
+    Args:
+        q: ``(B, Hq, Nq, D)``, floating.
+        k: ``(B, Hkv, Nk, D)``; ``Hq`` is a multiple of ``Hkv``.
+        v: ``(B, Hkv, Nk, Dv)``.
+        mask: A mask, its text, or a layout that a selector made.
+        scale: Multiplies the dot products; ``D ** -0.5`` by default.
+        bias: One term or a sum: ``ALiBi``, ``Relative``, ``Pair``, ``PerKey``, ``PerBlock``; differentiable.
+        softcap: ``c`` in ``c * tanh(x / c)``, applied before the bias; None for none.
+        sink: ``(Hq,)`` logit of one more key whose value is zero; differentiable. It counts in ``lse``, so a row
+            that sees nothing else has ``lse = sink``.
+        dropout_p: Share of weights dropped after normalisation; the pattern depends on the seed, the batch, the head
+            and the logical positions only.
+        seed: Integer, or int64 tensor of one element; drawn from torch's generator when missing.
+        skip_threshold: In ``(0, 1)``: a tile is skipped when no row's best score in it comes within
+            ``-log(skip_threshold)`` of that row's running maximum (BLASST, 2025). One-sided and dependent on the order
+            of tiles; the skipped mass is not restored.
+        weight: One of ``WEIGHTS``: the softmax, the sigmoid, or a classical kernel of the score.
+        positions: Logical positions ``(q_pos, k_pos)`` of shapes ``(Nq,)`` or ``(B, Nq)``, ``(Nk,)`` or ``(B, Nk)``.
+        key_padding: bool ``(B, Nk)``, True for real keys. The others may hold anything, NaN included.
+        tile: Tile of the layout built for a mask, in tokens; the engine's choice by default, and the unit of skipping.
+        return_lse: Also return the log of the normaliser.
+        backend: ``"auto"``, ``"blocked"`` or ``"reference"``.
+
+    Returns:
+        ``(B, Hq, Nq, Dv)`` in the dtype of ``v``, or :class:`Attn` with ``lse (B, Hq, Nq)``. A row that may attend to
+        nothing gives 0 and ``-inf``.
+
+    Raises:
+        ValueError: For shapes that do not fit, naming the argument.
+        TypeError: For wrong types or dtypes.
+        UnsupportedError: When an explicit backend refuses, with its reasons.
+
+    Example:
+        >>> import manyheads as mh
+        >>> q = k = v = torch.ones(1, 2, 8, 4)
+        >>> tiled(q, k, v, mh.Causal()).shape
+        torch.Size([1, 2, 8, 4])
+    """
+    checks.attention_inputs(q, k, v)
+    checks.options(q, k, scale=scale, softcap=softcap, sink=sink, dropout_p=dropout_p, skip_threshold=skip_threshold)
+    if return_lse and not weight_named(weight).normalised:
+        raise UnsupportedError(f"weight {weight!r} is not normalised, so it has no lse; drop return_lse")
+    if sink is not None and weight != "softmax":
+        raise UnsupportedError(f"sink: a logit has no meaning under weight {weight!r}; use weight='softmax'")
+    bias_text, bias_data = biases.flatten(bias)
+    for term in biases.unflatten(bias_text, bias_data):
+        term.check(q.shape[1], q.shape[0], q.shape[2], k.shape[2])
+    q_pos, k_pos = (None, None) if positions is None else checks.positions(positions, q, k)
+    if key_padding is not None:
+        checks.key_padding(key_padding, k)
+        k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
+    mask_text, mask_data = _flat(mask, q, k, (q_pos, k_pos))
+    out, lse = op(
+        q, k, v, mask_text, mask_data, q_pos, k_pos, key_padding, bias_text, bias_data, sink,
+        q.shape[3] ** -0.5 if scale is None else float(scale), float(softcap or 0.0), float(dropout_p),
+        _seed(seed) if dropout_p else None, float(skip_threshold or 0.0), weight,
+        tile or (_SKIP_TILE if skip_threshold else default_tile(q.shape[2], k.shape[2])), _backend(backend),
+    )  # fmt: skip
+    return Attn(out, lse) if return_lse else out
+
+
+_SKIP_TILE = (128, 128)
+
+
+def default_tile(nq: int, nk: int) -> tuple[int, int]:
+    """The tile that the blocked backend prefers for a call, in tokens.
+
+    Args:
+        nq: Queries.
+        nk: Keys.
+
+    Returns:
+        ``(BM, BN)``.
+
+    Example:
+        >>> default_tile(4096, 4096)
+        (256, 64)
+    """
+    return (256 if nq > 128 else 64 if nq > 16 else max(1, nq)), 64
+
+
+def refuse(backend: str, device: str) -> list[str]:
+    """Why a backend of this engine cannot run on a device; empty when it can.
+
+    Args:
+        backend: ``"blocked"`` or ``"reference"``.
+        device: A device type such as ``"cpu"``.
+
+    Returns:
+        Reasons in words.
+    """
+    _backend(backend)
+    return [] if device != "meta" else ["meta tensors hold no data"]
+
+
+def _backend(name: str) -> str:
+    if name == "auto":
+        return "blocked"
+    if name not in BACKENDS:
+        raise unknown("backend of tiled", name, ["auto", *BACKENDS])
+    return name
+
+
+def _flat(
+    mask: Mask | TileLayout | str, q: Tensor, k: Tensor, positions: tuple[Tensor | None, Tensor | None]
+) -> tuple[str, list[Tensor]]:
+    if isinstance(mask, Mask):
+        return mask.text, list(mask.data)
+    if isinstance(mask, str):
+        return mask, []
+    if not isinstance(mask, TileLayout):
+        raise TypeError(f"mask: expected a Mask or a TileLayout, got {type(mask).__name__}")
+    if (mask.nq, mask.nk) != (q.shape[2], k.shape[2]):
+        raise ValueError(f"mask: a layout of {mask.nq} x {mask.nk} tokens does not fit q and k of "
+                         f"{q.shape[2]} x {k.shape[2]}")  # fmt: skip
+    if positions[0] is not None:
+        raise ValueError("positions: a layout carries its own; build it with them instead")
+    text, data = mask.flatten()
+    return text, list(data)
+
+
+def _seed(seed: Tensor | int | None) -> Tensor:
+    if seed is None:
+        return torch.randint(2**62, (1,))
+    return seed if isinstance(seed, Tensor) else torch.tensor([seed])

@@ -1,0 +1,23 @@
+"""The CPU path, on any device: dense pieces of the layout, by whichever way was measured to win."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import flash, passes, products
+from .problem import Grads, Problem
+
+
+def uses_fused(p: Problem) -> bool:
+    """Whether a problem goes to torch's fused kernel piece by piece, rather than to products and passes."""
+    return p.plain and p.q.device.type == "cpu" and p.q.shape[3] > 0 and products.fused_wins(p.q.dtype)
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """Output and log-normaliser of a problem."""
+    return (flash if uses_fused(p) else passes).forward(p)
+
+
+def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Grads:
+    """Gradients of a problem from its saved output and log-normaliser."""
+    return (flash if uses_fused(p) and p.sink is None else passes).backward(p, out, lse, dout, dlse)

@@ -1,0 +1,184 @@
+"""The operator behind ``tiled``: schema, shapes for tracing, gradients, autocast.
+
+Masks and layouts cross it as text and tensors, so a compiler never meets them and a new length compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...common.errors import UnsupportedError
+from ...mask.base import Mask
+from ...mask.build import build
+from ...mask.layout import TileLayout
+from ...mask.text import parse
+from . import bias as biases
+from . import blocked, reference
+from .problem import Grads, Problem
+from .weight import weight_named
+
+BACKENDS: dict[str, Any] = {"blocked": blocked, "reference": reference}
+
+_ARGS = (
+    "Tensor q, Tensor k, Tensor v, str mask, Tensor[] mask_data, Tensor? q_pos, Tensor? k_pos, Tensor? key_padding, "
+    "str bias, Tensor[] bias_data, Tensor? sink, float scale, float softcap, float dropout_p, Tensor? seed, "
+    "float skip_threshold, str weight, int[] tile, str backend"
+)
+_library = torch.library.Library("manyheads", "FRAGMENT")
+_library.define(f"tiled({_ARGS}) -> (Tensor, Tensor)")
+_library.define(f"tiled_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGS}) -> Tensor[]")
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, mask: str, mask_data: Sequence[Tensor], q_pos: Tensor | None,
+    k_pos: Tensor | None, key_padding: Tensor | None, bias: str, bias_data: Sequence[Tensor], sink: Tensor | None,
+    scale: float, softcap: float, dropout_p: float, seed: Tensor | None, skip_threshold: float, weight: str,
+    tile: Sequence[int], backend: str,
+) -> Problem:  # fmt: skip
+    layout = _layout(mask, mask_data, q, k, (q_pos, k_pos), key_padding, (tile[0], tile[1]))
+    terms = biases.unflatten(bias, bias_data)
+    qp, kp = _positions(layout, q.device) if terms or dropout_p else (_NONE, _NONE)
+    return Problem(q, k, v, layout, qp, kp, weight_named(weight), scale, softcap, terms, sink, dropout_p,
+                   0 if seed is None else int(seed), skip_threshold)  # fmt: skip
+
+
+_NONE = torch.empty(0, 0, dtype=torch.int64)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    return BACKENDS[args[-1]].forward(_problem(*args))
+
+
+def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
+    grads: Grads = BACKENDS[args[-1]].backward(_problem(*args), out, lse, dout, dlse)
+    sink = [] if grads.sink is None else [grads.sink]
+    return [grads.q, grads.k, grads.v, *sink, *grads.terms]
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    b, h, n, _ = q.shape
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return v.new_empty(b, h, n, v.shape[3]), q.new_empty(b, h, n, dtype=acc)
+
+
+def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
+    q, k, v, bias_data, sink = args[0], args[1], args[2], args[9], args[10]
+    inputs = [q, k, v, *([] if sink is None else [sink]), *bias_data]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+
+
+def _contiguous(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Results have the strides that tracing promises."""
+
+    @functools.wraps(f)
+    def wrapped(*args: Any) -> Any:
+        results = f(*args)
+        return type(results)(r if r.is_contiguous() else r.contiguous() for r in results)
+
+    return wrapped
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    q, k, v, mask, mask_data, q_pos, k_pos, padding, bias, bias_data, sink, scale, cap, drop, seed, *rest = inputs
+    ctx.save_for_backward(q, k, v, out, lse, q_pos, k_pos, padding, sink, seed, *bias_data)
+    ctx.mask, ctx.mask_data, ctx.bias, ctx.numbers, ctx.rest = mask, mask_data, bias, (scale, cap, drop), rest
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, q_pos, k_pos, padding, sink, seed, *bias_data = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (*(None,) * 4, [None] * len(ctx.mask_data), *(None,) * 4, [None] * len(bias_data), *(None,) * 9)
+    dout = torch.zeros_like(out) if dout is None else dout
+    inputs = (q, k, v, ctx.mask, ctx.mask_data, q_pos, k_pos, padding, ctx.bias, bias_data, sink, *ctx.numbers, seed,
+              *ctx.rest)
+    dq, dk, dv, *more = torch.ops.manyheads.tiled_backward.default(dout, dlse, out, lse, *inputs)
+    dsink = more.pop(0) if sink is not None else None
+    return (dq, dk, dv, None, [None] * len(ctx.mask_data), *(None,) * 4, more, dsink, *(None,) * 8)
+
+
+def _no_second(ctx: Any, *grads: Any) -> None:
+    raise UnsupportedError("tiled: gradients of gradients are not supported; differentiate once")
+
+
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> None:
+    raise UnsupportedError("tiled: torch.vmap is not supported; batch and heads are dimensions of q, k and v already")
+
+
+def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Queries, keys and values in the dtype of the surrounding autocast, everything else as it came."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+    def cast(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            if q.dtype != torch.float64:
+                q, k, v = (t.to(dtype) for t in (q, k, v))
+            return op(q, k, v, *args)
+
+    return cast
+
+
+_library.impl("tiled", _autocast("cpu"), "AutocastCPU")
+_library.impl("tiled", _autocast("cuda"), "AutocastCUDA")
+_library.impl("tiled", _contiguous(_forward), "CompositeExplicitAutograd")
+_library.impl("tiled_backward", _contiguous(_backward), "CompositeExplicitAutograd")
+torch.library.register_fake("manyheads::tiled", _fake_forward)
+torch.library.register_fake("manyheads::tiled_backward", _fake_backward)
+torch.library.register_autograd("manyheads::tiled", _gradients, setup_context=_save)
+torch.library.register_autograd("manyheads::tiled_backward", _no_second)
+torch.library.register_vmap("manyheads::tiled", _no_vmap)
+op = torch.ops.manyheads.tiled.default
+
+
+# --- from text and tensors back to values -----------------------------------------------------------------------
+
+_by_text: dict[str, Mask | TileLayout] = {}
+_by_tensors: dict[tuple[Any, ...], tuple[list[weakref.ref[Tensor]], Mask | TileLayout]] = {}
+
+
+def _value(text: str, data: Sequence[Tensor]) -> Mask | TileLayout:
+    """The mask or layout behind its text and tensors; the identity of the tensors finds it again quickly."""
+    if not data:
+        found = _by_text.get(text)
+        if found is None:
+            found = _by_text[text] = parse(text)
+        return found
+    key = (text, *map(id, data))
+    hit = _by_tensors.get(key)
+    if hit is not None and all(ref() is t for ref, t in zip(hit[0], data, strict=True)):
+        return hit[1]
+    value = TileLayout.unflatten(text, data) if text.startswith("layout(") else parse(text, tuple(data))
+    if len(_by_tensors) > 256:
+        _by_tensors.clear()
+    _by_tensors[key] = ([weakref.ref(t) for t in data], value)
+    return value
+
+
+def _layout(
+    text: str, data: Sequence[Tensor], q: Tensor, k: Tensor, positions: tuple[Tensor | None, Tensor | None],
+    key_padding: Tensor | None, tile: tuple[int, int],
+) -> TileLayout:  # fmt: skip
+    value = _value(text, data)
+    if isinstance(value, TileLayout):
+        return value
+    given = None if positions[0] is None else positions
+    return build(value, q.shape[2], k.shape[2], tile=tile, positions=given, key_padding=key_padding,
+                 batch=q.shape[0], heads=q.shape[1])  # fmt: skip
+
+
+def _positions(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logical positions with a leading batch dimension, on the device of the scores."""
+    q_pos, k_pos = layout.q_pos, layout.k_pos
+    if q_pos is None:
+        q_pos = torch.arange(layout.nk - layout.nq, layout.nk)
+    if k_pos is None:
+        k_pos = torch.arange(layout.nk)
+    return q_pos.to(device).view(-1, layout.nq), k_pos.to(device).view(-1, layout.nk)

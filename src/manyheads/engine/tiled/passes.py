@@ -1,0 +1,313 @@
+"""Any problem, blocked: two products and a few elementwise passes per piece, in PyTorch.
+
+Each row of query tiles visits its keys in chunks that stay in cache, with a running maximum; query heads that share
+a key head are stacked as rows of the products. Scores and statistics are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import products
+from .bias import Block
+from .dropout import keep
+from .plan import Group, Plan, Row, Segment, fetch, kv_heads, plan_of, scatter
+from .problem import Grads, Problem
+
+_CHUNK = 1 << 20  # score elements of one chunk: 4 MiB in float32
+
+
+class Strip(NamedTuple):
+    """Some heads of one row of query tiles."""
+
+    b: slice
+    h: slice
+    kv: slice
+    row: Row
+
+
+class Chunk(NamedTuple):
+    """Scores of one strip against some of its keys, ``(b, h, M, C)``, and what their gradient needs."""
+
+    s: Tensor
+    segments: tuple[Segment, ...]
+    k: Tensor
+    at: Block | None
+    slope: Tensor | None
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """Output and log-normaliser; the second is meaningless for weights that are not normalised."""
+    plan = plan_of(p.layout)
+    out = p.v.new_empty(*p.q.shape[:3], p.v.shape[3])
+    lse = p.q.new_empty(p.q.shape[:3], dtype=p.accumulate)
+    for strip in _strips(p, plan):
+        at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
+        out[at], lse[at] = (_softmax if p.weight.softmax else _kernel)(p, plan, strip)
+    return out, lse
+
+
+def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Grads:
+    """Gradients with scores computed again, query rows outermost."""
+    plan = plan_of(p.layout)
+    acc = p.accumulate
+    dq, dk, dv = (torch.zeros_like(t, dtype=acc) for t in (p.q, p.k, p.v))
+    dterms = [torch.zeros_like(t.tensor, dtype=torch.float64 if t.reduces else acc) for t in p.terms]
+    delta = _delta(p, plan, out, lse, dout)
+    if dlse is not None:
+        delta = delta - dlse.to(acc)
+    for strip in _strips(p, plan):
+        at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
+        rows = dout[at], lse[at][..., None], delta[at][..., None]
+        kv = (strip.b, strip.kv)
+        for chunk in _chunks(p, plan, strip):
+            weights, ds = _score_grads(p, strip, chunk, rows, fetch(p.v[kv], chunk.segments))
+            for term, grad in zip(p.terms, dterms, strict=True):
+                assert chunk.at is not None
+                term.accumulate(grad, ds, chunk.at)
+            if chunk.slope is not None:
+                ds = ds * chunk.slope
+            dq[at] += products.average(_stacked(ds, p), chunk.k).view(dq[at].shape).mul_(p.scale)
+            scatter(dk[kv], _over_rows(ds, p.q[at], p).mul_(p.scale), chunk.segments)
+            scatter(dv[kv], _over_rows(weights, rows[0], p), chunk.segments)
+    dsink = None
+    if p.sink is not None:
+        dsink = -(torch.exp(p.sink.double()[:, None] - lse) * delta).sum((0, 2)).to(p.sink.dtype)
+    terms = [g.to(t.tensor.dtype) for g, t in zip(dterms, p.terms, strict=True)]
+    return Grads(dq.to(p.q.dtype), dk.to(p.k.dtype), dv.to(p.v.dtype), dsink, terms)
+
+
+# --- forward of one strip ---------------------------------------------------------------------------------------
+
+
+def _softmax(p: Problem, plan: Plan, strip: Strip) -> tuple[Tensor, Tensor]:
+    shape = _rows_shape(strip)
+    best = p.q.new_full(shape, -math.inf, dtype=p.accumulate)
+    total = torch.zeros_like(best)
+    acc: Tensor | None = None
+    for chunk in _chunks(p, plan, strip):
+        top = torch.maximum(best, chunk.s.amax(-1))
+        anchor = top.masked_fill(top == -math.inf, 0.0)
+        weights = chunk.s.sub_(anchor[..., None]).exp_()
+        part = _weighted(p, strip, chunk, weights)
+        if acc is None:
+            acc, total = part, weights.sum(-1)
+        else:
+            shrink = torch.exp(best - anchor)
+            acc = acc.mul_(shrink[..., None]).add_(part)
+            total = total.mul_(shrink).add_(weights.sum(-1))
+        best = top
+    lse = best + torch.log(total)
+    if p.sink is not None:
+        lse_all = torch.logaddexp(lse, p.sink[strip.h].to(lse.dtype)[:, None])
+        total = total * torch.exp(lse_all - lse).masked_fill(lse == -math.inf, 1.0)
+        lse = lse_all
+    if acc is None:
+        return p.v.new_zeros(*shape, p.v.shape[3]), lse
+    return acc.div_(total.masked_fill(total == 0, 1.0)[..., None]), lse
+
+
+def _kernel(p: Problem, plan: Plan, strip: Strip) -> tuple[Tensor, Tensor]:
+    assert p.weight.value is not None
+    shape = _rows_shape(strip)
+    total = p.q.new_zeros(shape, dtype=p.accumulate)
+    acc = p.q.new_zeros(*shape, p.v.shape[3], dtype=p.accumulate)
+    for chunk in _chunks(p, plan, strip):
+        weights = _kernel_weights(p, chunk)
+        total += weights.sum(-1)
+        acc += _weighted(p, strip, chunk, weights)
+    if p.weight.normalised:
+        acc /= total.masked_fill(total == 0, 1.0)[..., None]
+    return acc, torch.log(total)
+
+
+def _kernel_weights(p: Problem, chunk: Chunk) -> Tensor:
+    """Weights of a classical kernel; hidden pairs carry the score ``-inf``, where no kernel may be trusted."""
+    assert p.weight.value is not None
+    hidden = chunk.s == -math.inf
+    return p.weight.value(chunk.s.masked_fill(hidden, 0.0)).masked_fill_(hidden, 0.0)
+
+
+def _weighted(p: Problem, strip: Strip, chunk: Chunk, weights: Tensor) -> Tensor:
+    if p.dropout_p:
+        weights = weights * _kept(p, strip, chunk)
+    v = _flat(fetch(p.v[strip.b, strip.kv], chunk.segments))
+    return products.average(_stacked(weights, p), v).view(*weights.shape[:3], v.shape[2])
+
+
+def _delta(p: Problem, plan: Plan, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
+    """``sum_j w_ij (dout_i . v_j)`` for every row: ``dout . out``, unless rounding of ``out`` would show.
+
+    Gradients of a bias or a sink add whole rows up, where the rounding of a half-precision output does not cancel;
+    for these the sum is taken over the scores themselves, at the price of one more visit.
+    """
+    if p.q.dtype.itemsize > 2 or not p.weight.softmax or not (p.terms or p.sink is not None):
+        return (dout.double() * out).sum(-1).to(p.accumulate)
+    delta = torch.zeros_like(lse)
+    for strip in _strips(p, plan):
+        at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
+        rows = dout[at], lse[at][..., None], torch.zeros_like(lse[at])[..., None]
+        for chunk in _chunks(p, plan, strip):
+            delta[at] += _score_grads(p, strip, chunk, rows, fetch(p.v[strip.b, strip.kv], chunk.segments))[1].sum(-1)
+    return delta
+
+
+# --- backward of one chunk --------------------------------------------------------------------------------------
+
+
+def _score_grads(
+    p: Problem, strip: Strip, chunk: Chunk, rows: tuple[Tensor, Tensor, Tensor], v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weights that multiplied the values, and the gradient of the scores before the cap."""
+    dout, lse, delta = rows
+    dw = products.scores(_stacked(dout, p), _flat(v)).view(chunk.s.shape)
+    if p.weight.softmax:
+        weights = torch.exp(chunk.s - lse.masked_fill(lse == -math.inf, 0.0))
+    else:
+        weights = _kernel_weights(p, chunk)
+        raw = weights
+        if p.weight.normalised:
+            inverse = torch.exp(-lse).masked_fill_(lse == -math.inf, 0.0)
+            weights, dw = weights * inverse, dw * inverse
+            delta = delta * inverse
+        else:
+            delta = torch.zeros_like(delta)
+    used = weights
+    if p.dropout_p:
+        kept = _kept(p, strip, chunk)
+        used, dw = weights * kept, dw * kept
+    dw = dw - delta
+    if p.weight.softmax:
+        return used, dw.mul_(weights)
+    assert p.weight.slope is not None
+    hidden = chunk.s == -math.inf
+    slope = p.weight.slope(chunk.s.masked_fill(hidden, 0.0), raw).masked_fill(hidden, 0.0)
+    return used, dw * slope
+
+
+# --- scores of one strip, chunk by chunk ------------------------------------------------------------------------
+
+
+def _strips(p: Problem, plan: Plan) -> Iterator[Strip]:
+    """All heads at once while their scores stay in cache, one key head after another when they do not."""
+    for group in plan.groups(*p.q.shape[:2], p.group):
+        for row in group.rows:
+            batch, heads = group.b.stop - group.b.start, group.h.stop - group.h.start
+            if batch * heads * (row.q1 - row.q0) * row.width <= _CHUNK:
+                yield Strip(group.b, group.h, kv_heads(group.h, p.group), row)
+                continue
+            for b in range(group.b.start, group.b.stop):
+                for h in _by_kv_head(group, p.group):
+                    yield Strip(slice(b, b + 1), h, kv_heads(h, p.group), row)
+
+
+def _by_kv_head(group: Group, per_kv: int) -> Iterator[slice]:
+    h = group.h.start
+    while h < group.h.stop:
+        end = min((h // per_kv + 1) * per_kv, group.h.stop)
+        yield slice(h, end)
+        h = end
+
+
+def _chunks(p: Problem, plan: Plan, strip: Strip) -> Iterator[Chunk]:
+    q = _stacked(p.q[strip.b, strip.h, strip.row.q0 : strip.row.q1], p)
+    shape = _rows_shape(strip)
+    columns = plan.tile[1] if p.skip_threshold else max(plan.tile[1], _CHUNK // max(1, math.prod(shape)))
+    skipper = _Skipper(p.skip_threshold) if p.skip_threshold else None
+    for segments in _cut(strip.row.segments, columns, plan.tile[1], aligned=p.skip_threshold > 0):
+        k = _flat(fetch(p.k[strip.b, strip.kv], segments))
+        s = products.scores(q, k).view(*shape, k.shape[1]).mul_(p.scale)
+        slope = None
+        if p.softcap:
+            s = s.div_(p.softcap).tanh_()
+            slope = 1.0 - s * s
+            s = s.mul_(p.softcap)
+        at = _block(p, strip, segments) if p.terms or p.dropout_p else None
+        for term in p.terms:
+            assert at is not None
+            s += term.values(at).to(s.dtype)
+        plan.hide(s, segments, -math.inf)
+        if skipper is None or skipper.visits(s):
+            yield Chunk(s, segments, k, at, slope)
+
+
+class _Skipper:
+    """Drops tiles whose scores lie below the running maximum of every row by more than ``-log(threshold)``."""
+
+    def __init__(self, threshold: float) -> None:
+        self.floor = math.log(threshold)
+        self.best: Tensor | None = None
+
+    def visits(self, s: Tensor) -> bool:
+        """Whether any head needs this tile; the heads that do not have their scores set to ``-inf``."""
+        top = s.amax(-1)
+        best = torch.full_like(top, -math.inf) if self.best is None else self.best
+        new = torch.maximum(best, top)
+        needed = ((top - new >= self.floor) & (top > -math.inf)).any(-1)
+        self.best = torch.where(needed[..., None], new, best)
+        s.masked_fill_(~needed[..., None, None], -math.inf)
+        return bool(needed.any())
+
+
+def _cut(segments: tuple[Segment, ...], columns: int, bn: int, aligned: bool) -> Iterator[tuple[Segment, ...]]:
+    """Groups segments into chunks of at most ``columns`` keys, cutting long ones at tile borders."""
+    step = max(bn, columns // bn * bn)
+    chunk: list[Segment] = []
+    room = step
+    for k0, k1, mask_id in segments:
+        while k0 < k1:
+            take = min(k1 - k0, room)
+            if take < k1 - k0:
+                take = take // bn * bn
+            if take:
+                chunk.append(Segment(k0, k0 + take, mask_id))
+                k0 += take
+                room -= take
+            if (room < bn or aligned or not take) and chunk:
+                yield tuple(chunk)
+                chunk, room = [], step
+    if chunk:
+        yield tuple(chunk)
+
+
+def _block(p: Problem, strip: Strip, segments: tuple[Segment, ...]) -> Block:
+    cols = torch.cat([torch.arange(k0, k1, device=p.q.device) for k0, k1, _ in segments])
+    rows = slice(strip.row.q0, strip.row.q1)
+    q_pos = p.q_pos[strip.b] if p.q_pos.shape[0] > 1 else p.q_pos
+    k_pos = p.k_pos[strip.b] if p.k_pos.shape[0] > 1 else p.k_pos
+    return Block(strip.b, strip.h, rows, cols, q_pos[:, rows], k_pos[:, cols])
+
+
+def _kept(p: Problem, strip: Strip, chunk: Chunk) -> Tensor:
+    assert chunk.at is not None
+    batch, head = (torch.arange(s.start, s.stop, device=p.q.device) for s in (strip.b, strip.h))
+    kept = keep(p.seed, batch, head, chunk.at.q_pos, chunk.at.k_pos, p.dropout_p)
+    return kept.to(p.accumulate) / (1.0 - p.dropout_p)
+
+
+def _rows_shape(strip: Strip) -> tuple[int, int, int]:
+    return strip.b.stop - strip.b.start, strip.h.stop - strip.h.start, strip.row.q1 - strip.row.q0
+
+
+def _stacked(t: Tensor, p: Problem) -> Tensor:
+    """``(b, h, M, X)`` as ``(b * hkv, G * M, X)``: the query heads of a key head are rows of one product."""
+    b, h, m, x = t.shape
+    g = min(h, p.group)
+    return t.reshape(b * (h // g), g * m, x)
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(t.shape[0] * t.shape[1], *t.shape[2:])
+
+
+
+def _over_rows(x: Tensor, y: Tensor, p: Problem) -> Tensor:
+    """``sum_i x_ij y_i`` for every key, summed over the query heads of a key head: ``(b, hkv, C, X)``."""
+    g = min(x.shape[1], p.group)
+    per_head = products.average(_flat(x).transpose(1, 2), _flat(y))
+    return per_head.view(x.shape[0], x.shape[1] // g, g, *per_head.shape[1:]).sum(2)

@@ -1,0 +1,78 @@
+"""One attention problem as the backends see it: tensors, a layout, and what changes the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...mask.layout import TileLayout
+from .bias import Term
+from .weight import Weight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """Everything that defines the result of one call of the engine.
+
+    Scores are ``s = cap(scale * q k^T) + bias`` in float32 (float64 for float64 inputs), where
+    ``cap(x) = c * tanh(x / c)`` when ``softcap = c > 0``; weights are ``weight(s)`` on the pairs that the
+    layout allows, and zero elsewhere.
+
+    Attributes:
+        q, k, v: ``(B, Hq, Nq, D)``, ``(B, Hkv, Nk, D)``, ``(B, Hkv, Nk, Dv)``.
+        layout: Which pairs may interact, cut into tiles.
+        q_pos, k_pos: int64 logical positions ``(B|1, Nq)``, ``(B|1, Nk)``; read by positional biases and dropout.
+        weight: How a score becomes a weight.
+        scale: Multiplies the dot products.
+        softcap: 0 for none.
+        terms: What is added to the scores.
+        sink: ``(Hq,)`` logit of an extra key whose value is zero, or None.
+        dropout_p: Share of weights dropped after normalisation.
+        seed: Keys the dropout pattern.
+        skip_threshold: Tiles whose best score lies below the running maximum by more than ``-log`` of it are
+            skipped; 0 for none.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: TileLayout
+    q_pos: Tensor
+    k_pos: Tensor
+    weight: Weight
+    scale: float
+    softcap: float = 0.0
+    terms: tuple[Term, ...] = ()
+    sink: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int = 0
+    skip_threshold: float = 0.0
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """The dtype of scores and statistics."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is softmax over masked scores and nothing else (a sink is applied afterwards)."""
+        return not (self.terms or self.softcap or self.dropout_p or self.skip_threshold) and self.weight.softmax
+
+
+@dataclass(slots=True)
+class Grads:
+    """Gradients of one problem, in the order of its inputs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sink: Tensor | None = None
+    terms: Sequence[Tensor] = ()

@@ -1,0 +1,1 @@
+"""Mechanisms: one system, one file. Each chooses which pairs, kernel and estimator, then calls an engine."""

@@ -1,0 +1,1 @@
+"""What acts on a given model, at inference or in training."""
