@@ -54,9 +54,11 @@ def features() -> str:
         lines.append(f"| `{slug}` | {', '.join(found.backends)} | {' | '.join(marks)} |")
     entries = catalog.entries()
     works = [e.slug for e in entries if e.state == "works"]
-    lines += ["", f"Of the {len(entries)} systems of the catalogue (`manyheads list`), {len(works)} work: every"]
-    lines += [f"check on their card is held by a test. They are: {', '.join(works) or 'none yet'}."]
-    return "\n".join(lines)
+    listed = ", ".join(f"`{slug}`" for slug in works) or "none yet"
+    return "\n".join(lines) + (
+        f"\n\nOf the {len(entries)} systems of the catalogue (`manyheads list`), {len(works)} work, "
+        f"each of their\nchecks held by a test: {listed}."
+    )
 
 
 def readme() -> str:
@@ -76,8 +78,8 @@ def gallery() -> str:
         axes = "; ".join(f"{axis}: {words}" for axis, words in found.axes.items())
         declared = ", ".join(name for name in spec.CAPABILITIES if found.declares(name))
         parts.append(
-            f"### {slug}\n{about}\n- call: `{found.fn.__module__}.{found.fn.__qualname__}`\n- source: {paper}\n"
-            f"- {axes}\n- declares: {declared}"
+            f"### {slug}\n{about}\n- call: `{found.fn.__module__}.{found.fn.__qualname__}`\n"
+            f"- source: {paper}\n- {axes}\n- declares: {declared}"
         )
     parts.append("## Masks\nQueries go down, keys go right; `#` is visible.")
     for text in GALLERY_MASKS:
@@ -121,7 +123,8 @@ def _described(name: str, thing: Any) -> str:
         for method, member in vars(thing).items():
             found = getattr(member, "__func__", member)
             if inspect.isfunction(found) and not method.startswith("_") and found.__doc__:
-                text.append(f"#### {name}.{method}{_signature(found)}\n{_markdown(inspect.getdoc(found) or '')}")
+                about = _markdown(inspect.getdoc(found) or "")
+                text.append(f"#### {name}.{method}{_signature(found)}\n{about}")
     return "\n\n".join(text)
 
 
@@ -140,7 +143,7 @@ def _signature(thing: Callable[..., Any]) -> str:
         elif p.kind is p.KEYWORD_ONLY and not keyword:
             shown.append("*")
             keyword = True
-        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        star = "*" * ((p.kind is p.VAR_POSITIONAL) + 2 * (p.kind is p.VAR_KEYWORD))
         default = "" if p.default is p.empty else f"={_plain(p.default)}"
         shown.append(f"{star}{p.name}{default}")
     return f"({', '.join(shown)})"
@@ -154,6 +157,8 @@ def _plain(value: Any) -> str:
 def _markdown(doc: str) -> str:
     """Turns a Google-style docstring into Markdown."""
 
+    listed = ("Args", "Attributes", "Raises")
+
     def lines() -> Iterator[str]:
         section = ""
         for line in doc.splitlines():
@@ -163,10 +168,10 @@ def _markdown(doc: str) -> str:
                 section = head[1]
                 yield f"\n**{section}**{head[2] or ''}\n"
                 if section == "Example":
-                    yield "```python"
+                    yield "```pycon"
             elif section == "Example":
                 yield line.removeprefix("    ")
-            elif section in ("Args", "Attributes", "Raises") and (item := re.fullmatch(r"    (\S[^:]*): (.*)", line)):
+            elif section in listed and (item := re.fullmatch(r"    (\S[^:]*): (.*)", line)):
                 yield f"- `{item[1]}`: {item[2]}"
             else:
                 yield line.removeprefix("    ")

@@ -49,7 +49,10 @@ def test_the_mechanism_of_the_page_conforms(made, backend):
     assert_conforms(declared, backend, declared.inputs(size))
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.name)
 def test_links_inside_the_repository_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         assert target.startswith(("http://", "https://")) or (path.parent / target).exists(), target

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+
 from manyheads import ALiBi, Causal, Document, Full, Pair, PerBlock, PerHead, PerKey, Prefix, Relative, Window
 from manyheads.common.errors import UnsupportedError
 from manyheads.engine.tiled import WEIGHTS, passes, products, tiled
@@ -51,13 +52,13 @@ def run(inputs, mask, dtype, backend, extra=(), lse=True, **options):
         term = build(leaf)
         more[name] = more[name] + term if name in more else term
     result = tiled(*leaves[:3], mask, return_lse=lse, backend=backend, **more, **options)
-    out, l = result if lse else (result, None)
+    out, stats = result if lse else (result, None)
     loss = (out * g.to(out.dtype)).sum()
     if lse:
-        loss = loss + torch.where(l == -math.inf, 0.0, l * gl.to(l.dtype)).sum()
+        loss = loss + torch.where(stats == -math.inf, 0.0, stats * gl.to(stats.dtype)).sum()
     names = ["out", *(["lse"] if lse else []), "dq", "dk", "dv", *(f"d{n}" for n, _, _ in extra)]
     grads = torch.autograd.grad(loss, leaves)
-    return dict(zip(names, [out.detach(), *([l.detach()] if lse else []), *grads], strict=True))
+    return dict(zip(names, [out.detach(), *([stats.detach()] if lse else []), *grads], strict=True))
 
 
 def check(inputs, mask, dtype, extra=(), **options):
@@ -109,7 +110,10 @@ def test_more_queries_than_keys_leave_empty_rows(way, generator):
 def test_a_sink_joins_the_normaliser(dtype, way, generator):
     sink = torch.randn(H, generator=generator, dtype=torch.float64)
     extra = [("sink", lambda t: t, sink)]
-    got, exact = (run(make_again(generator), Causal(), d, b, extra) for d, b in ((dtype, "blocked"), (torch.float64, "reference")))
+    got, exact = (
+        run(make_again(generator), Causal(), d, b, extra)
+        for d, b in ((dtype, "blocked"), (torch.float64, "reference"))
+    )
     same = run(make_again(generator), Causal(), dtype, "reference", extra)
     for name in got:
         assert_within_budget(got[name], exact[name], same[name], what=name)
@@ -135,7 +139,12 @@ TERMS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 def test_biases_and_their_gradients(terms, dtype, generator):
-    check(make(generator), Causal(), dtype, terms(lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64)))
+    check(
+        make(generator),
+        Causal(),
+        dtype,
+        terms(lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64)),
+    )
 
 
 def test_biases_read_positions_not_storage(generator):
@@ -143,14 +152,21 @@ def test_biases_read_positions_not_storage(generator):
     order = torch.randperm(NK, generator=generator)
     slopes = torch.rand(H, generator=generator)
     plain = tiled(q, k, v, Causal(), bias=ALiBi(slopes))
-    moved = tiled(q[:, :, order], k[:, :, order], v[:, :, order], Causal(), bias=ALiBi(slopes), positions=(order, order))
+    moved = tiled(
+        q[:, :, order], k[:, :, order], v[:, :, order], Causal(), bias=ALiBi(slopes), positions=(order, order)
+    )
     torch.testing.assert_close(moved, plain[:, :, order])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 3.0}, {"dropout_p": 0.3, "seed": 5}, {"skip_threshold": 0.2, "tile": (16, 16)}, {"scale": -0.5}],
+    [
+        {"softcap": 3.0},
+        {"dropout_p": 0.3, "seed": 5},
+        {"skip_threshold": 0.2, "tile": (16, 16)},
+        {"scale": -0.5},
+    ],
     ids=str,
 )
 def test_what_changes_the_scores(options, dtype, way, generator):
@@ -178,11 +194,14 @@ def test_many_small_chunks_agree_with_one(dtype, generator, monkeypatch):
 
 def test_gradcheck_in_float64(way):
     generator = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(1, 2, n, 3, generator=generator, dtype=torch.float64).requires_grad_() for n in (5, 7, 7))
+    q, k, v = (
+        torch.randn(1, 2, n, 3, generator=generator, dtype=torch.float64).requires_grad_() for n in (5, 7, 7)
+    )
     slopes = torch.rand(2, generator=generator, dtype=torch.float64).requires_grad_()
     torch.autograd.gradcheck(lambda q, k, v: tuple(tiled(q, k, v, Causal(), return_lse=True)), (q, k, v))
     torch.autograd.gradcheck(
-        lambda q, k, v, s: tiled(q, k, v, Window(4), bias=ALiBi(s), softcap=2.0, dropout_p=0.3, seed=1), (q, k, v, slopes)
+        lambda q, k, v, s: tiled(q, k, v, Window(4), bias=ALiBi(s), softcap=2.0, dropout_p=0.3, seed=1),
+        (q, k, v, slopes),
     )
 
 
@@ -278,8 +297,27 @@ def test_the_operator_passes_torchs_own_checks(generator):
     q, k, v = (torch.randn(1, 2, 40, 8, generator=generator).requires_grad_() for _ in range(3))
     mask = Causal() & Document([10, 30])
     slopes, sink = (torch.rand(2, generator=generator).requires_grad_() for _ in range(2))
-    args = (q, k, v, mask.text, list(mask.data), None, None, None, "alibi", [slopes], sink, 0.3, 0.0, 0.0, None, 0.0,
-            "softmax", [64, 64], "blocked")  # fmt: skip
+    args = (
+        q,
+        k,
+        v,
+        mask.text,
+        list(mask.data),
+        None,
+        None,
+        None,
+        "alibi",
+        [slopes],
+        sink,
+        0.3,
+        0.0,
+        0.0,
+        None,
+        0.0,
+        "softmax",
+        [64, 64],
+        "blocked",
+    )
     torch.library.opcheck(op, args)
 
 
@@ -305,7 +343,9 @@ def test_inductor_compiles_the_engine_once():
 
     torch._dynamo.reset()
     q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
-    compiled = torch.compile(lambda q, k, v: mh.attention(q * 2, k, v, mask="causal & window(9)") + 1, fullgraph=True)
+    compiled = torch.compile(
+        lambda q, k, v: mh.attention(q * 2, k, v, mask="causal & window(9)") + 1, fullgraph=True
+    )
     torch.testing.assert_close(compiled(q, k, v), mh.attention(q * 2, k, v, mask="causal & window(9)") + 1)
 
 

@@ -100,8 +100,9 @@ def rectangles(draw, n):
 @st.composite
 def leaves(draw, n, keyed=True):
     """One primitive for n tokens and its definition."""
-    kinds = "full causal window sides document earlier prefix within sink periodic counted rectangles blocks lifted"
-    kind = draw(st.sampled_from((kinds + (" near" if n >= 2 else "") + ("" if keyed else " dense fn")).split()))
+    kinds = "full causal window sides document earlier prefix within sink periodic counted rectangles lifted"
+    kinds += " blocks" + (" near" if n >= 2 else "") + ("" if keyed else " dense fn")
+    kind = draw(st.sampled_from(kinds.split()))
     small = st.integers(1, n + 1)
     if kind == "full":
         return Full(), lambda i, j: True

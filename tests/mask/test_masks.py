@@ -188,7 +188,9 @@ def test_nested_combinations_are_flattened():
     assert (a & (b & c)).text == ((a & b) & c).text == "causal & window(3) & sink(1)"
     assert (a | (b | a)).text == "causal | window(3)"
     assert ~~a is a and (a & Full()) is a and (Full() & Full()).text == "full"
-    assert (~(a & b)).text == "~(causal & window(3))" and ((a | b) & c).text == "(causal | window(3)) & sink(1)"
+    assert (~(a & b)).text == "~(causal & window(3))" and (
+        (a | b) & c
+    ).text == "(causal | window(3)) & sink(1)"
     assert (a | b & c).text == "causal | window(3) & sink(1)"
 
 
@@ -242,7 +244,11 @@ def test_every_kind_of_mask_slices_by_head_and_batch():
 
 def test_a_mask_that_differs_between_heads_needs_a_choice():
     mask = PerHead([Causal(), Full()])
-    for call in (lambda: mask.coords(np.arange(3), "q", 3), lambda: mask.allows({}, {}), lambda: mask.classify({}, {})):
+    for call in (
+        lambda: mask.coords(np.arange(3), "q", 3),
+        lambda: mask.allows({}, {}),
+        lambda: mask.classify({}, {}),
+    ):
         with pytest.raises(ValueError, match=r"take mask\.at"):
             call()
 

@@ -10,7 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 
-from manyheads.mask import BlockMap, Causal, Dense, Document, Full, PerHead, Predicate, Sink, Window, as_mask, parse
+from manyheads.mask import (
+    BlockMap,
+    Causal,
+    Dense,
+    Document,
+    Full,
+    PerHead,
+    Predicate,
+    Sink,
+    Window,
+    as_mask,
+    parse,
+)
 from manyheads.mask.text import _parse_cached, vocabulary
 from tests.mask import cases
 

@@ -145,10 +145,18 @@ class Captured:
 
     def problem(self, mask: Mask, length: int, dtype: str, seed: int) -> Problem:
         """The problem of these inputs under a mask, cut to some tokens."""
-        batch, heads, _, width = self.q.shape
-        shape = {"batch": batch, "heads": heads, "width": width, "dtype": dtype, "seed": seed}
-        kv_heads, value_width = self.k.shape[1], self.v.shape[3]
-        return Problem(mask, length, kv_heads=kv_heads, value_width=value_width, scale=self.scale, **shape)
+        return Problem(
+            mask,
+            length,
+            batch=self.q.shape[0],
+            heads=self.q.shape[1],
+            kv_heads=self.k.shape[1],
+            width=self.q.shape[3],
+            value_width=self.v.shape[3],
+            dtype=dtype,
+            scale=self.scale,
+            seed=seed,
+        )
 
     def tensors(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The first tokens, in a dtype."""

@@ -42,9 +42,15 @@ def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def options(
-    q: Tensor, k: Tensor, *, scale: float | None, softcap: float | None, sink: Tensor | None, dropout_p: float,
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    sink: Tensor | None,
+    dropout_p: float,
     skip_threshold: float | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Checks what changes the scores.
 
     Raises:
@@ -82,8 +88,10 @@ def positions(given: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tenso
             got = pos.dtype if isinstance(pos, Tensor) else type(pos).__name__
             raise TypeError(f"positions: {name} must be an integer tensor, got {got}")
         if tuple(pos.shape) not in ((t.shape[2],), (t.shape[0], t.shape[2])):
-            raise ValueError(f"positions: {name} must have shape (N={t.shape[2]},) or (B={t.shape[0]}, N={t.shape[2]}), "
-                             f"got {tuple(pos.shape)}")  # fmt: skip
+            raise ValueError(
+                f"positions: {name} must have shape (N={t.shape[2]},) or (B={t.shape[0]}, N={t.shape[2]}), "
+                f"got {tuple(pos.shape)}"
+            )
     return given[0].long(), given[1].long()
 
 

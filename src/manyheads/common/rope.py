@@ -75,8 +75,7 @@ class RoPE:
             raise TypeError(f"positions: expected integers, got {positions.dtype}")
         if positions.shape not in ((x.shape[2],), (x.shape[0], x.shape[2])):
             raise ValueError(
-                "positions: expected (N,) or (B, N) = "
-                f"{(x.shape[0], x.shape[2])}, got {tuple(positions.shape)}"
+                f"positions: expected (N,) or (B, N) = {(x.shape[0], x.shape[2])}, got {tuple(positions.shape)}"
             )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         cos, sin = (t.to(dtype) for t in self._table(positions.to(x.device), rotated))

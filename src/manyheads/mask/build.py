@@ -10,7 +10,7 @@ import torch
 
 from .base import resolve
 from .cache import ByteCache
-from .evaluate import TileTable, tile_ids
+from .evaluate import TileTable, has_keys, tile_ids
 from .layout import TileLayout, check_tile, from_runs
 from .pyramid import TiledSide, full_rows, refine
 from .runs import Array, Runs, assemble
@@ -146,10 +146,10 @@ class _Build:
         return self.sides[mask, q, k]
 
     def _rows(self, mask: Mask, q: TiledSide, k: TiledSide) -> Runs:
-        has_keys = self.keyed and any(leaf.keyed for leaf in mask.leaves())
+        keyed = self.keyed and has_keys(mask, q, k)
         budget = max(1, MAX_PAIRS // (self.tile[0] * self.tile[1]))
-        full, i, j = refine(mask, q, k, MAX_TILES if has_keys else min(budget, MAX_TILES))
-        ids, evaluated = tile_ids(mask, q, k, (i, j), self.table, keyed=has_keys, budget=budget)
+        full, i, j = refine(mask, q, k, MAX_TILES if keyed else min(budget, MAX_TILES))
+        ids, evaluated = tile_ids(mask, q, k, (i, j), self.table, keyed=keyed, budget=budget)
         self.partial += len(i)
         self.evaluated += evaluated
         row, first, count = full_rows(full, q, k)
@@ -167,9 +167,7 @@ class _Build:
         offsets = np.cumsum([0, *sizes])
         starts = [s.start[:-1] + offset for s, offset in zip(self.sets, offsets, strict=False)]
         start = np.append(np.concatenate(starts), offsets[-1])
-        first, count, id = (
-            np.concatenate([getattr(s, name) for s in self.sets]) for name in ("first", "count", "id")
-        )
+        first, count, id = (np.concatenate([getattr(s, name) for s in self.sets]) for name in ("first", "count", "id"))
         return Runs(start, first, count, id, self.sets[0].width)
 
     def note(self) -> str | None:
@@ -178,7 +176,7 @@ class _Build:
         if self.evaluated <= 64 or self.evaluated * 4 < self.partial:
             return None
         return (
-            f"{self.evaluated} of {self.partial} partial tiles ({self.evaluated * area} pairs) were looked at "
+            f"{self.evaluated} of {self.partial} tiles ({self.evaluated * area} pairs) were looked at "
             "one by one: no coarse structure or no tile keys (a predicate, dense bits, scrambled positions)"
         )
 
@@ -194,9 +192,7 @@ def _padding(key_padding: torch.Tensor | None, nk: int) -> Array | None:
     return np.atleast_2d(real.detach().cpu().numpy())
 
 
-def _joint(
-    mask: Mask, q_pos: Array, k_pos: Array, real: Array | None, batch: int, heads: int
-) -> tuple[int, int]:
+def _joint(mask: Mask, q_pos: Array, k_pos: Array, real: Array | None, batch: int, heads: int) -> tuple[int, int]:
     """The ``(B|1, H|1)`` over which the layout differs."""
     sizes = {"mask": mask.shape[0], "q_pos": len(q_pos), "k_pos": len(k_pos), "batch": batch}
     if real is not None:

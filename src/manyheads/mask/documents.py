@@ -36,6 +36,7 @@ class _PerDocument(Leaf):
         return tuple([Extent((0, int(t)), (0, int(t)), None, (int(t), int(t))) for t in totals])
 
     def _rank(self, pos: np.ndarray, side: Side) -> np.ndarray:
+        self._need_scalar("coords")
         pos = self._in_range(pos, side)
         return np.searchsorted(self._ends, pos, side="right").astype(pos.dtype, copy=False)
 

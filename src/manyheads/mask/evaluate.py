@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .pyramid import TiledSide, odd_weights, too_many
+from .pyramid import SAMPLES, TiledSide, mixed, odd_weights, too_many
 from .runs import Array
 
 if TYPE_CHECKING:
-    from .base import Mask
+    from .base import Leaf, Mask
 
 Coords = dict[str, Array]
 PARTS = 8  # pieces per side of a tile that are told apart before looking at pairs
 FEW = 32  # tiles that are not worth splitting
 GROUP = 256  # tiles evaluated, packed and compared together
 WORKING_SET = 1 << 17  # pairs in flight: their int32 temporaries stay in an L2 cache
-KEY_CHUNK = 1 << 19  # tiles whose keys are in memory together
+KEY_CHUNK = 1 << 18  # tiles whose keys are in memory together
 
 
 def pack(tiles: Array) -> Array:
@@ -38,9 +38,9 @@ def unique_rows(columns: list[Array]) -> tuple[Array, Array]:
     Returns:
         ``(head, number)``: one row per distinct value, and for every row which of them it equals.
     """
-    code = np.zeros(len(columns[0]), dtype=np.int64)
+    code = np.zeros(len(columns[0]), dtype=np.uint64)
     for column, weight in zip(columns, odd_weights(len(columns)), strict=True):
-        code += (column ^ (column >> 29)) * weight
+        code += mixed(column.astype(np.int64, copy=False).view(np.uint64)) * weight
     _, head, number = np.unique(code, return_index=True, return_inverse=True)
     if all(np.array_equal(column, column[head][number]) for column in columns):
         return head, number
@@ -63,13 +63,11 @@ class TileTable:
         if not len(packed):
             return np.zeros(0, dtype=np.int64)
         flat = np.ascontiguousarray(packed).reshape(len(packed), -1)
-        words = flat.view(np.int64) if self._wide else flat
-        bits = np.bitwise_count(words.view(np.uint64) if self._wide else words).sum(1, dtype=np.int64)
-        code = np.einsum("tb,b->t", words, self._weights)
+        words = flat.view(np.uint64) if self._wide else flat
+        bits = np.bitwise_count(words).sum(1, dtype=np.int64)
+        code = np.einsum("tb,b->t", mixed(words), self._weights)
         _, head, number = np.unique(code, return_index=True, return_inverse=True)
-        if not np.array_equal(
-            words, words[head[number]] if len(head) > 1 else np.broadcast_to(words[0], words.shape)
-        ):
+        if not np.array_equal(words, words[head[number]] if len(head) > 1 else np.broadcast_to(words[0], words.shape)):
             _, head, number = np.unique(flat, axis=0, return_index=True, return_inverse=True)
             number = number.reshape(-1)
         ids = np.where(bits == 0, -1, np.where(bits == area, 0, 1))
@@ -166,19 +164,48 @@ def _keys(mask: Mask, q: TiledSide, k: TiledSide, i: Array, j: Array) -> tuple[l
         if not partial.any():
             continue
         if not leaf.keyed:
-            lonely |= partial
+            sample, known = _samples(leaf, q, k, i, j, partial)
+            columns += sample
+            lonely |= partial & ~known
             continue
-        reads = [
-            (side, at)
-            for name, side, at in (("q", q, i), ("k", k, j))
-            if name in getattr(leaf, "sides", "qk")
-        ]
+        reads = [(side, at) for name, side, at in (("q", q, i), ("k", k, j)) if name in getattr(leaf, "sides", "qk")]
         for axis in leaf.axes:
             own = [side.shapes(axis)[at] for side, at in reads]
             origins = [side.coords[axis][at, 0] for side, at in reads]
             own += [origins[0] - origins[1]] if leaf.relative else origins
             columns += [np.where(partial, column, 0) for column in own]
     return columns, lonely
+
+
+def has_keys(mask: Mask, q: TiledSide, k: TiledSide) -> bool:
+    """Whether any PARTIAL tile may turn out equal to another before it is looked at."""
+
+    def few(leaf: Leaf) -> bool:
+        axes = leaf.axes
+        return len(axes) == 1 and all(bool(side.changes(axes[0])[1].any()) for side in (q, k))
+
+    return any(leaf.keyed or few(leaf) for leaf in mask.leaves())
+
+
+def _samples(leaf: Leaf, q: TiledSide, k: TiledSide, i: Array, j: Array, partial: Array) -> tuple[list[Array], Array]:
+    """Key columns for a leaf without keys, where its coordinate takes few values: its bits at one token of each.
+
+    Returns:
+        The columns, and which tiles they decide.
+    """
+    if len(leaf.axes) != 1:
+        return [], np.zeros(len(i), dtype=bool)
+    axis = leaf.axes[0]
+    (at_q, few_q), (at_k, few_k) = q.changes(axis), k.changes(axis)
+    known = partial & few_q[i] & few_k[j]
+    ti, tj = i[known], j[known]
+    there, here = np.take_along_axis(q.coords[axis], at_q, 1), np.take_along_axis(k.coords[axis], at_k, 1)
+    seen = leaf.allows({axis: there[ti][:, :, None]}, {axis: here[tj][:, None, :]})
+    bits = np.zeros(len(i), dtype=np.int64)
+    seen = np.broadcast_to(np.asarray(seen, dtype=bool), (len(ti), SAMPLES, SAMPLES))
+    bits[known] = np.packbits(seen.reshape(-1)).view(np.uint16)
+    shapes = (np.where(known, side.shapes(axis)[at], 0) for side, at in ((q, i), (k, j)))
+    return [bits, *shapes], known
 
 
 def evaluate(mask: Mask, q: TiledSide, k: TiledSide, i: Array, j: Array, table: TileTable) -> Array:
@@ -204,7 +231,7 @@ def evaluate(mask: Mask, q: TiledSide, k: TiledSide, i: Array, j: Array, table: 
 
 
 def _gather(side: TiledSide, tiles: Array, dtype: type) -> Coords:
-    """Coordinates ``(n, block)`` of some tiles, int64 where differences would not fit ``dtype``."""
+    """Coordinates ``(n, block)`` of some tiles, int64 where differences might not fit."""
     out = {}
     for name, values in side.coords.items():
         lo, hi = side.levels[-1][name]

@@ -202,8 +202,7 @@ class TileLayout:
                 )
             )
             known[s] = [
-                triples[lo - bounds[0] : hi - bounds[0]]
-                for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)
+                triples[lo - bounds[0] : hi - bounds[0]] for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)
             ]
         return known[s]
 
@@ -321,9 +320,7 @@ class TileLayout:
         from .build import build
 
         positions = (self.q_pos, self.k_pos)
-        other = build(
-            mask, self.nq, self.nk, tile=self.tile, positions=positions, batch=self.batch, heads=self.heads
-        )
+        other = build(mask, self.nq, self.nk, tile=self.tile, positions=positions, batch=self.batch, heads=self.heads)
         if self.ids is None:
             return retiling.overlay(self, other)
         return padded.restrict(self, other)
@@ -379,6 +376,27 @@ class TileLayout:
         )
         return layout if mask is None else layout & mask
 
+    @classmethod
+    def from_blocks(cls, map: Any, *, q_sizes: Any, k_sizes: Any, tile: tuple[int, int] = (128, 128)) -> TileLayout:
+        """Makes a layout from a map of blocks of any sizes; tiles get bitmaps where a block ends inside them.
+
+        Args:
+            map: Booleans ``(Tq, Tk)``, ``(H, Tq, Tk)`` or ``(B, H, Tq, Tk)``.
+            q_sizes: Queries of each query block, ``(Tq,)``.
+            k_sizes: Keys of each key block, ``(Tk,)``.
+            tile: ``(BM, BN)``.
+
+        Example:
+            >>> layout = TileLayout.from_blocks([[1, 0], [1, 1]], q_sizes=[3, 1], k_sizes=[1, 3], tile=(2, 2))
+            >>> layout.dense()[0, 0].int().tolist()
+            [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+        """
+        from .data import BlockMap
+
+        blocks = BlockMap(map, q_sizes=q_sizes, k_sizes=k_sizes)
+        nq, nk = (int(torch.as_tensor(sizes).sum()) for sizes in (q_sizes, k_sizes))
+        return blocks.tiles(nq, nk, tile=tile)
+
     # For engine ops, which take only text and tensors
 
     def __getstate__(self) -> dict[str, Any]:
@@ -428,8 +446,7 @@ def from_runs(like: TileLayout, runs: Runs, bits: np.ndarray) -> TileLayout:
     start = runs.start
     rows = np.stack([start[s * n_rows : (s + 1) * n_rows + 1] for s in range(sets)])
     tensors = (
-        torch.from_numpy(np.ascontiguousarray(a, dtype=np.int32))
-        for a in (rows, runs.first, runs.count, runs.id)
+        torch.from_numpy(np.ascontiguousarray(a, dtype=np.int32)) for a in (rows, runs.first, runs.count, runs.id)
     )
     rows_t, first, count, mask_id = tensors
     return replace(
@@ -468,6 +485,4 @@ def _identity(tensors: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> tuple[i
 
 
 def _same_memory(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype for x, y in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(x.shape == y.shape and x.dtype == y.dtype for x, y in zip(a, b, strict=True))

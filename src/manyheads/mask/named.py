@@ -35,6 +35,13 @@ __all__ = [
 def sliding_window(window: int) -> Mask:
     """Keys nearer than ``window`` on both sides: ``Window(window)``.
 
+    Args:
+        window: Keys on a side, the query's own included; at least 1.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Example:
         >>> from manyheads.mask import sliding_window
         >>> sliding_window(3)
@@ -46,6 +53,13 @@ def sliding_window(window: int) -> Mask:
 def sliding_window_causal(window: int) -> Mask:
     """The last ``window`` keys, the query's own included.
 
+    Args:
+        window: Keys on a side, the query's own included; at least 1.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Example:
         >>> from manyheads.mask import sliding_window_causal
         >>> sliding_window_causal(3).dense(5).sum(-1).flatten().tolist()
@@ -56,6 +70,14 @@ def sliding_window_causal(window: int) -> Mask:
 
 def streaming(window: int, sink: int) -> Mask:
     """The last ``window`` keys and the first ``sink`` keys, causally.
+
+    Args:
+        window: Keys on a side, the query's own included; at least 1.
+        sink: First keys that every query keeps; at least 0.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
 
     Source:
         Efficient Streaming Language Models with Attention Sinks (arXiv 2309.17453).
@@ -70,6 +92,14 @@ def streaming(window: int, sink: int) -> Mask:
 
 def dilated_window(window: int, dilation: int) -> Mask:
     """``window`` keys on each side, the query's own included, ``dilation`` apart.
+
+    Args:
+        window: Keys on a side, the query's own included; at least 1.
+        dilation: Distance between neighbours; at least 1.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
 
     Source:
         Longformer (arXiv 2004.05150), section 3.1.
@@ -87,6 +117,14 @@ def dilated_window(window: int, dilation: int) -> Mask:
 def strided(window: int, stride: int) -> Mask:
     """The last ``window`` keys, and every ``stride``-th key before, causally.
 
+    Args:
+        window: Keys on a side, the query's own included; at least 1.
+        stride: Distance between the keys kept beyond the window; at least 1.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Source:
         Sparse Transformers (arXiv 1904.10509), the strided pattern.
 
@@ -100,6 +138,14 @@ def strided(window: int, stride: int) -> Mask:
 
 def fixed(block: int, summary: int = 1) -> Mask:
     """The query's own block of ``block`` keys, and the last ``summary`` keys of every block, causally.
+
+    Args:
+        block: Tokens per block; at least 1.
+        summary: Keys at the end of every block that all later queries see; at most ``block``.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
 
     Source:
         Sparse Transformers (arXiv 1904.10509), the fixed pattern.
@@ -121,6 +167,13 @@ def fixed(block: int, summary: int = 1) -> Mask:
 def chunked(size: int) -> Mask:
     """Causal within chunks of ``size`` tokens, nothing across.
 
+    Args:
+        size: Tokens per block; at least 1.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Example:
         >>> from manyheads.mask import chunked
         >>> chunked(2).dense(4)[0, 0].int().tolist()
@@ -131,6 +184,13 @@ def chunked(size: int) -> Mask:
 
 def block_causal(size: int) -> Mask:
     """Every token sees its own block of ``size`` tokens and all blocks before it.
+
+    Args:
+        size: Tokens per block; at least 1.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
 
     Example:
         >>> from manyheads.mask import block_causal
@@ -143,6 +203,13 @@ def block_causal(size: int) -> Mask:
 def full_document(lens: Any) -> Mask:
     """Every token sees its own document: ``Document(lens)``.
 
+    Args:
+        lens: Document lengths, ``(n,)`` or ``(B, n)``.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Example:
         >>> from manyheads.mask import full_document
         >>> full_document([2, 3])
@@ -154,6 +221,13 @@ def full_document(lens: Any) -> Mask:
 def causal_document(lens: Any) -> Mask:
     """Causal within each document.
 
+    Args:
+        lens: Document lengths, ``(n,)`` or ``(B, n)``.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Example:
         >>> from manyheads.mask import causal_document
         >>> causal_document([2, 3])
@@ -164,6 +238,13 @@ def causal_document(lens: Any) -> Mask:
 
 def causal_by_document(lens: Any) -> Mask:
     """Every document sees itself and all documents before it, entirely.
+
+    Args:
+        lens: Document lengths, ``(n,)`` or ``(B, n)``.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
 
     Example:
         >>> from manyheads.mask import causal_by_document
@@ -179,6 +260,14 @@ def block_causal_document(lens: Any, block: int) -> Mask:
     Blocks are counted from position 0; documents that begin inside a block share it with their neighbour, but
     never see the neighbour.
 
+    Args:
+        lens: Document lengths, ``(n,)`` or ``(B, n)``.
+        block: Tokens per block; at least 1.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Example:
         >>> from manyheads.mask import block_causal_document
         >>> block_causal_document([4, 2], 2)
@@ -192,6 +281,10 @@ def shared_question(lens: Any) -> Mask:
 
     Args:
         lens: Document lengths, ``(n,)`` or ``(B, n)``.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
 
     Example:
         >>> from manyheads.mask import shared_question
@@ -207,6 +300,10 @@ def causal_blockwise(lens: Any) -> Mask:
     Args:
         lens: Document lengths, ``(n,)`` or ``(B, n)``.
 
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Example:
         >>> from manyheads.mask import causal_blockwise
         >>> causal_blockwise([1, 1, 2]).dense(4)[0, 0].int().tolist()
@@ -219,6 +316,13 @@ def causal_blockwise(lens: Any) -> Mask:
 def prefix_lm_causal(prefix: Any) -> Mask:
     """The first ``prefix`` keys are visible to all; the rest is causal.
 
+    Args:
+        prefix: Prefix length, or one per batch entry ``(B,)``.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Example:
         >>> from manyheads.mask import prefix_lm_causal
         >>> prefix_lm_causal(2)
@@ -230,6 +334,14 @@ def prefix_lm_causal(prefix: Any) -> Mask:
 def prefix_lm_document(prefix: Any, lens: Any) -> Mask:
     """The same prefix length within every document; a document shorter than it is full.
 
+    Args:
+        prefix: Prefix length, or one per batch entry ``(B,)``.
+        lens: Document lengths, ``(n,)`` or ``(B, n)``.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
+
     Example:
         >>> from manyheads.mask import prefix_lm_document
         >>> prefix_lm_document(2, [1, 3])
@@ -240,6 +352,14 @@ def prefix_lm_document(prefix: Any, lens: Any) -> Mask:
 
 def global_sliding_window(window: int, globals: Any) -> Mask:
     """A window, and ``globals`` first tokens that see all and are seen by all.
+
+    Args:
+        window: Keys on a side, the query's own included; at least 1.
+        globals: Number of first tokens, or one per batch entry ``(B,)``.
+
+    Raises:
+        TypeError: Not integers.
+        ValueError: An argument out of its range.
 
     Source:
         Longformer (arXiv 2004.05150), section 3.1.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FACTOR = 4  # how much coarser the next level is, per side
 TOP = 64  # the coarsest level has at most this many boxes per side
+SAMPLES = 4  # values of a coordinate within a tile that still count as few (their bits fit a uint16)
 CHUNK = 1 << 16  # boxes split at a time
 Boxes = dict[str, tuple[Array, Array]]
 
@@ -46,6 +47,7 @@ class TiledSide:
         self.patterns: Array | None = None
         self.visible: Array | None = self._bits(np.ones(n, dtype=bool)) if n % block else None
         self._shapes: dict[str, Array] = {}
+        self._changes: dict[str, tuple[Array, Array]] = {}
 
     def lengths(self, tile: Array) -> Array:
         """How many tokens of each tile exist."""
@@ -91,12 +93,24 @@ class TiledSide:
             self._shapes[name] = _shape_numbers(self.coords[name], self.n % self.block != 0)
         return self._shapes[name]
 
+    def changes(self, name: str) -> tuple[Array, Array]:
+        """Where in each tile the first few values begin, and which tiles have no more than these."""
+        if name not in self._changes:
+            tiles = self.coords[name]
+            new = np.ones(tiles.shape, dtype=bool)
+            np.not_equal(tiles[:, 1:], tiles[:, :-1], out=new[:, 1:])
+            rank = np.cumsum(new, axis=1, dtype=np.int32)
+            at = np.stack([np.argmax(rank == n, axis=1) for n in range(1, SAMPLES + 1)], 1)
+            self._changes[name] = at, rank[:, -1] <= SAMPLES
+        return self._changes[name]
+
 
 def _shape_numbers(tiles: Array, ragged: bool) -> Array:
     """Numbers tiles by shape, found by hash and confirmed value by value."""
     weights = odd_weights(tiles.shape[1])
-    origin = tiles[:, 0]
-    code = np.einsum("tb,b->t", tiles, weights) - origin * weights.sum()
+    tiles = np.ascontiguousarray(tiles, dtype=np.int64)
+    origin = tiles[:, 0].copy()
+    code = np.einsum("tb,b->t", tiles.view(np.uint64), weights) - origin.view(np.uint64) * weights.sum()
     _, head, number = np.unique(code, return_index=True, return_inverse=True)
     for lo in range(0, len(tiles), 1 << 12):
         part = slice(lo, lo + (1 << 12))
@@ -114,8 +128,13 @@ def _shape_numbers(tiles: Array, ragged: bool) -> Array:
 
 
 def odd_weights(n: int) -> Array:
-    """Fixed odd int64 weights: their dot product with a vector is its hash."""
-    return np.random.default_rng(0x5EED).integers(-(1 << 62), 1 << 62, size=n, dtype=np.int64) | 1
+    """Fixed odd uint64 weights: their dot product with a mixed vector is its hash."""
+    return np.random.default_rng(0x5EED).integers(0, 1 << 63, size=n, dtype=np.uint64) | np.uint64(1)
+
+
+def mixed(words: Array) -> Array:
+    """Unsigned numbers, one to one, so that equal differences of high bits do not cancel in a sum."""
+    return words ^ (words >> (29 if words.dtype == np.uint64 else 3))
 
 
 def classify(mask: Mask, q: TiledSide, k: TiledSide, level: int, i: Array, j: Array) -> tuple[Array, Array]:

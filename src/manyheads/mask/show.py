@@ -268,7 +268,7 @@ def _never_later(mask: Mask) -> bool:
 
 
 def _search(sides: _Sides) -> tuple[int, int] | None:
-    """Indices of some allowed pair, by cutting boxes in four until they are small; their number is bounded."""
+    """Indices of some allowed pair, by cutting boxes in four until they are small; a bounded search."""
     width = 1 << max(sides.nq - 1, sides.nk - 1, 1).bit_length()
     front = np.zeros((1, 2), dtype=np.int64)
     while len(front):

@@ -60,6 +60,8 @@ class Attention(nn.Module):
         (torch.Size([1, 10, 32]), None)
     """
 
+    in_proj_weight: nn.Parameter | None
+
     def __init__(
         self,
         embed_dim: int,
@@ -96,7 +98,7 @@ class Attention(nn.Module):
         if self.kdim == self.vdim == embed_dim:
             self.in_proj_weight = nn.Parameter(torch.empty(embed_dim + 2 * inner, embed_dim))
         else:
-            self.in_proj_weight = None
+            self.register_parameter("in_proj_weight", None)
             self.q_proj_weight = nn.Parameter(torch.empty(embed_dim, embed_dim))
             self.k_proj_weight = nn.Parameter(torch.empty(inner, self.kdim))
             self.v_proj_weight = nn.Parameter(torch.empty(inner, self.vdim))

@@ -17,8 +17,8 @@ def merge(*parts: Attn | tuple[Tensor, Tensor]) -> Attn:
     cascades, prefix reuse and local-plus-global attention are all merges. Statistics are float32 (float64 for float64).
 
     Args:
-        *parts: Two or more pairs ``(out, lse)``: ``out (B, H, N, Dv)`` and natural-log ``lse (B, H, N)``. A part that saw
-            no key has ``lse = -inf`` and counts for nothing.
+        *parts: Pairs ``(out, lse)``: ``out (B, H, N, Dv)`` and natural-log ``lse (B, H, N)``. A part that saw no key
+            has ``lse = -inf`` and counts for nothing.
 
     Returns:
         The merged pair, ``out`` in the dtype of the first part. Rows that no part saw keep 0 and ``-inf``.
@@ -60,7 +60,9 @@ def _check(parts: tuple[Attn | tuple[Tensor, Tensor], ...]) -> None:
             raise TypeError(f"merge: part {i} must be a pair of tensors (out, lse), got {type(part).__name__}")
         out, lse = part
         if out.dim() < 2 or out.shape[:-1] != lse.shape:
-            raise ValueError(f"merge: part {i} has out {tuple(out.shape)} and lse {tuple(lse.shape)}; "
-                             "expected (..., N, Dv) and (..., N)")  # fmt: skip
+            raise ValueError(
+                f"merge: part {i} has out {tuple(out.shape)} and lse {tuple(lse.shape)}; "
+                "expected (..., N, Dv) and (..., N)"
+            )
         if out.shape != parts[0][0].shape:
             raise ValueError(f"merge: part {i} has out of shape {tuple(out.shape)}, part 0 {tuple(parts[0][0].shape)}")

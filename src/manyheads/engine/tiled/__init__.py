@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
@@ -17,30 +15,45 @@ from .bias import ALiBi, Bias, Pair, PerBlock, PerKey, Relative, Term
 from .op import BACKENDS, op
 from .weight import WEIGHTS, weight_named
 
-__all__ = ["ALiBi", "Attn", "Bias", "Pair", "PerBlock", "PerKey", "Relative", "WEIGHTS", "default_tile", "refuse", "tiled"]
+__all__ = [
+    "ALiBi",
+    "Attn",
+    "Bias",
+    "Pair",
+    "PerBlock",
+    "PerKey",
+    "Relative",
+    "Term",
+    "WEIGHTS",
+    "default_tile",
+    "refuse",
+    "tiled",
+]
 
 Positions = tuple[Tensor, Tensor]
+Maskish = Mask | TileLayout | str
 
 
-@overload
-def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask | TileLayout | str, *, return_lse: Literal[True], scale: float | None = ...,
-          bias: Bias | Term | None = ..., softcap: float | None = ..., sink: Tensor | None = ..., dropout_p: float = ...,
-          seed: Tensor | int | None = ..., skip_threshold: float | None = ..., weight: str = ...,
-          positions: Positions | None = ..., key_padding: Tensor | None = ..., tile: tuple[int, int] | None = ...,
-          backend: str = ...) -> Attn: ...  # fmt: skip
-@overload
-def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask | TileLayout | str, *, return_lse: Literal[False] = ...,
-          scale: float | None = ..., bias: Bias | Term | None = ..., softcap: float | None = ..., sink: Tensor | None = ...,
-          dropout_p: float = ..., seed: Tensor | int | None = ..., skip_threshold: float | None = ..., weight: str = ...,
-          positions: Positions | None = ..., key_padding: Tensor | None = ..., tile: tuple[int, int] | None = ...,
-          backend: str = ...) -> Tensor: ...  # fmt: skip
 def tiled(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | TileLayout | str, *, scale: float | None = None,
-    bias: Bias | Term | None = None, softcap: float | None = None, sink: Tensor | None = None, dropout_p: float = 0.0,
-    seed: Tensor | int | None = None, skip_threshold: float | None = None, weight: str = "softmax",
-    positions: Positions | None = None, key_padding: Tensor | None = None, tile: tuple[int, int] | None = None,
-    return_lse: bool = False, backend: str = "auto",
-) -> Tensor | Attn:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Maskish,
+    *,
+    scale: float | None = None,
+    bias: Bias | Term | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    skip_threshold: float | None = None,
+    weight: str = "softmax",
+    positions: Positions | None = None,
+    key_padding: Tensor | None = None,
+    tile: tuple[int, int] | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | Attn:
     """Averages values with weights that depend on scores, over the pairs that a mask or layout allows.
 
     ``out_i = sum_j w_ij v_j / sum_j w_ij`` with ``w_ij = exp(s_ij)`` (or another ``weight``) and
@@ -99,11 +112,26 @@ def tiled(
         k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
     mask_text, mask_data = _flat(mask, q, k, (q_pos, k_pos))
     out, lse = op(
-        q, k, v, mask_text, mask_data, q_pos, k_pos, key_padding, bias_text, bias_data, sink,
-        q.shape[3] ** -0.5 if scale is None else float(scale), float(softcap or 0.0), float(dropout_p),
-        _seed(seed) if dropout_p else None, float(skip_threshold or 0.0), weight,
-        tile or (_SKIP_TILE if skip_threshold else default_tile(q.shape[2], k.shape[2])), _backend(backend),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        mask_text,
+        mask_data,
+        q_pos,
+        k_pos,
+        key_padding,
+        bias_text,
+        bias_data,
+        sink,
+        q.shape[3] ** -0.5 if scale is None else float(scale),
+        float(softcap or 0.0),
+        float(dropout_p),
+        _seed(seed) if dropout_p else None,
+        float(skip_threshold or 0.0),
+        weight,
+        tile or (_SKIP_TILE if skip_threshold else default_tile(q.shape[2], k.shape[2])),
+        _backend(backend),
+    )
     return Attn(out, lse) if return_lse else out
 
 
@@ -150,7 +178,7 @@ def _backend(name: str) -> str:
 
 
 def _flat(
-    mask: Mask | TileLayout | str, q: Tensor, k: Tensor, positions: tuple[Tensor | None, Tensor | None]
+    mask: Maskish, q: Tensor, k: Tensor, positions: tuple[Tensor | None, Tensor | None]
 ) -> tuple[str, list[Tensor]]:
     if isinstance(mask, Mask):
         return mask.text, list(mask.data)
@@ -159,8 +187,9 @@ def _flat(
     if not isinstance(mask, TileLayout):
         raise TypeError(f"mask: expected a Mask or a TileLayout, got {type(mask).__name__}")
     if (mask.nq, mask.nk) != (q.shape[2], k.shape[2]):
-        raise ValueError(f"mask: a layout of {mask.nq} x {mask.nk} tokens does not fit q and k of "
-                         f"{q.shape[2]} x {k.shape[2]}")  # fmt: skip
+        raise ValueError(
+            f"mask: a layout of {mask.nq} x {mask.nk} tokens does not fit q and k of {q.shape[2]} x {k.shape[2]}"
+        )
     if positions[0] is not None:
         raise ValueError("positions: a layout carries its own; build it with them instead")
     text, data = mask.flatten()

@@ -226,7 +226,7 @@ class PerBlock(Term):
         bq, bk = self.block
         if bq < 1 or bk < 1:
             raise ValueError(f"bias PerBlock: block must be positive, got {self.block}")
-        shape = [(1, batch), (1, heads), -(-nq // bq), -(-nk // bk)]
+        shape: list[int | tuple[int, ...]] = [(1, batch), (1, heads), -(-nq // bq), -(-nk // bk)]
         self._expect(shape, "(B|1, H|1, ceil(Nq/bq), ceil(Nk/bk))")
 
     def text(self) -> str:
@@ -251,7 +251,7 @@ class PerBlock(Term):
 _KINDS: dict[str, Callable[..., Term]] = {c.kind: c for c in (ALiBi, Relative, Pair, PerKey, PerBlock)}
 
 
-def flatten(bias: Bias | Term | None) -> tuple[str, list[Tensor]]:
+def flatten(bias: object) -> tuple[str, list[Tensor]]:
     """A bias as text and tensors, the form in which it crosses an operator.
 
     Args:
@@ -266,11 +266,15 @@ def flatten(bias: Bias | Term | None) -> tuple[str, list[Tensor]]:
     if bias is None:
         return "", []
     if isinstance(bias, Tensor):
-        raise TypeError("bias: expected ALiBi, Relative, Pair, PerKey, PerBlock or their sum, got a tensor; "
-                        "wrap a (B|1, H|1, Nq|1, Nk) tensor as Pair(tensor)")  # fmt: skip
+        raise TypeError(
+            "bias: expected ALiBi, Relative, Pair, PerKey, PerBlock or their sum, got a tensor; "
+            "wrap a (B|1, H|1, Nq|1, Nk) tensor as Pair(tensor)"
+        )
+    if not isinstance(bias, Bias | Term):
+        raise TypeError(
+            f"bias: expected ALiBi, Relative, Pair, PerKey, PerBlock or their sum, got {type(bias).__name__}"
+        )
     terms = bias.terms if isinstance(bias, Bias) else (bias,)
-    if not all(isinstance(t, Term) for t in terms):
-        raise TypeError(f"bias: expected ALiBi, Relative, Pair, PerKey, PerBlock or their sum, got {type(bias).__name__}")
     return ";".join(t.text() for t in terms), [t.tensor for t in terms]
 
 

@@ -50,9 +50,9 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         kv = kv_heads(group.h, p.group)
         for row in group.rows:
             at = (group.b, group.h, slice(row.q0, row.q1))
-            o, l = _row(plan, row, q[at], k[group.b, kv], v[group.b, kv], p.scale)
-            out[at] = o[..., :dv]
-            lse[at] = l
+            part, stats = _row(plan, row, q[at], k[group.b, kv], v[group.b, kv], p.scale)
+            out[at] = part[..., :dv]
+            lse[at] = stats
     return _with_sink(p, out, lse)
 
 
@@ -80,7 +80,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     dq = torch.zeros_like(q)
     dk, dv_ = (torch.zeros_like(t, dtype=p.accumulate) for t in (k, v))
-    for group in plan.groups(*p.q.shape[:2], p.group):
+    for group in plan.groups(p.q.shape[0], p.q.shape[1], p.group):
         kv = kv_heads(group.h, p.group)
         for row in group.rows:
             at = (group.b, group.h, slice(row.q0, row.q1))
@@ -102,13 +102,13 @@ def _row(plan: Plan, row: Row, q: Tensor, k: Tensor, v: Tensor, scale: float) ->
         mask, empty = None, None
         if any(s.mask_id for s in segments):
             mask, empty = plan.pattern(segments, row.q1 - row.q0, q.dtype)
-        o, l = piece(q, fetch(k, segments), fetch(v, segments), mask, scale)
+        part, stats = piece(q, fetch(k, segments), fetch(v, segments), mask, scale)
         if empty is not None:
-            l = l.masked_fill(empty, -math.inf)
+            stats = stats.masked_fill(empty, -math.inf)
         if out is None:
-            out, lse = o, l
+            out, lse = part, stats
         else:
-            out, lse = _merge(out, lse, o, l)
+            out, lse = _merge(out, lse, part, stats)
     return out, lse  # type: ignore[return-value]
 
 
@@ -134,7 +134,13 @@ def _pieces(row: Row) -> list[tuple[Segment, ...]]:
 
 
 def _piece_grads(
-    plan: Plan, row: Row, segments: tuple[Segment, ...], saved: tuple[Tensor, ...], k: Tensor, v: Tensor, scale: float
+    plan: Plan,
+    row: Row,
+    segments: tuple[Segment, ...],
+    saved: tuple[Tensor, ...],
+    k: Tensor,
+    v: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, out, lse = saved
     mask = plan.pattern(segments, row.q1 - row.q0, q.dtype)[0] if any(s.mask_id for s in segments) else None

@@ -36,16 +36,45 @@ _library.define(f"tiled_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor l
 
 
 def _problem(
-    q: Tensor, k: Tensor, v: Tensor, mask: str, mask_data: Sequence[Tensor], q_pos: Tensor | None,
-    k_pos: Tensor | None, key_padding: Tensor | None, bias: str, bias_data: Sequence[Tensor], sink: Tensor | None,
-    scale: float, softcap: float, dropout_p: float, seed: Tensor | None, skip_threshold: float, weight: str,
-    tile: Sequence[int], backend: str,
-) -> Problem:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: str,
+    mask_data: Sequence[Tensor],
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    key_padding: Tensor | None,
+    bias: str,
+    bias_data: Sequence[Tensor],
+    sink: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    skip_threshold: float,
+    weight: str,
+    tile: Sequence[int],
+    backend: str,
+) -> Problem:
     layout = _layout(mask, mask_data, q, k, (q_pos, k_pos), key_padding, (tile[0], tile[1]))
     terms = biases.unflatten(bias, bias_data)
     qp, kp = _positions(layout, q.device) if terms or dropout_p else (_NONE, _NONE)
-    return Problem(q, k, v, layout, qp, kp, weight_named(weight), scale, softcap, terms, sink, dropout_p,
-                   0 if seed is None else int(seed), skip_threshold)  # fmt: skip
+    return Problem(
+        q,
+        k,
+        v,
+        layout,
+        qp,
+        kp,
+        weight_named(weight),
+        scale,
+        softcap,
+        terms,
+        sink,
+        dropout_p,
+        0 if seed is None else int(seed),
+        skip_threshold,
+    )
 
 
 _NONE = torch.empty(0, 0, dtype=torch.int64)
@@ -95,10 +124,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, q_pos, k_pos, padding, sink, seed, *bias_data = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (*(None,) * 4, [None] * len(ctx.mask_data), *(None,) * 4, [None] * len(bias_data), *(None,) * 9)
+        return (
+            *(None,) * 4,
+            [None] * len(ctx.mask_data),
+            *(None,) * 4,
+            [None] * len(bias_data),
+            *(None,) * 9,
+        )
     dout = torch.zeros_like(out) if dout is None else dout
-    inputs = (q, k, v, ctx.mask, ctx.mask_data, q_pos, k_pos, padding, ctx.bias, bias_data, sink, *ctx.numbers, seed,
-              *ctx.rest)
+    inputs = (
+        q,
+        k,
+        v,
+        ctx.mask,
+        ctx.mask_data,
+        q_pos,
+        k_pos,
+        padding,
+        ctx.bias,
+        bias_data,
+        sink,
+        *ctx.numbers,
+        seed,
+        *ctx.rest,
+    )
     dq, dk, dv, *more = torch.ops.manyheads.tiled_backward.default(dout, dlse, out, lse, *inputs)
     dsink = more.pop(0) if sink is not None else None
     return (dq, dk, dv, None, [None] * len(ctx.mask_data), *(None,) * 4, more, dsink, *(None,) * 8)
@@ -155,7 +204,7 @@ def _value(text: str, data: Sequence[Tensor]) -> Mask | TileLayout:
     hit = _by_tensors.get(key)
     if hit is not None and all(ref() is t for ref, t in zip(hit[0], data, strict=True)):
         return hit[1]
-    value = TileLayout.unflatten(text, data) if text.startswith("layout(") else parse(text, tuple(data))
+    value = TileLayout.unflatten(text, tuple(data)) if text.startswith("layout(") else parse(text, tuple(data))
     if len(_by_tensors) > 256:
         _by_tensors.clear()
     _by_tensors[key] = ([weakref.ref(t) for t in data], value)
@@ -163,15 +212,28 @@ def _value(text: str, data: Sequence[Tensor]) -> Mask | TileLayout:
 
 
 def _layout(
-    text: str, data: Sequence[Tensor], q: Tensor, k: Tensor, positions: tuple[Tensor | None, Tensor | None],
-    key_padding: Tensor | None, tile: tuple[int, int],
-) -> TileLayout:  # fmt: skip
+    text: str,
+    data: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    positions: tuple[Tensor | None, Tensor | None],
+    key_padding: Tensor | None,
+    tile: tuple[int, int],
+) -> TileLayout:
     value = _value(text, data)
     if isinstance(value, TileLayout):
         return value
     given = None if positions[0] is None else positions
-    return build(value, q.shape[2], k.shape[2], tile=tile, positions=given, key_padding=key_padding,
-                 batch=q.shape[0], heads=q.shape[1])  # fmt: skip
+    return build(
+        value,
+        q.shape[2],
+        k.shape[2],
+        tile=tile,
+        positions=given,
+        key_padding=key_padding,
+        batch=q.shape[0],
+        heads=q.shape[1],
+    )
 
 
 def _positions(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -32,9 +32,13 @@ class Strip(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Scores of one strip against some of its keys, ``(b, h, M, C)``, and what their gradient needs."""
+    """Scores of one strip against some of its keys, ``(b, h, M, C)``, and what their gradient needs.
+
+    The scores are ``factor * s``: where nothing but the scale acts on the products, it is left to the exponential.
+    """
 
     s: Tensor
+    factor: float
     segments: tuple[Segment, ...]
     k: Tensor
     at: Block | None
@@ -91,9 +95,9 @@ def _softmax(p: Problem, plan: Plan, strip: Strip) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(best)
     acc: Tensor | None = None
     for chunk in _chunks(p, plan, strip):
-        top = torch.maximum(best, chunk.s.amax(-1))
+        top = torch.maximum(best, chunk.s.amax(-1).mul_(chunk.factor))
         anchor = top.masked_fill(top == -math.inf, 0.0)
-        weights = chunk.s.sub_(anchor[..., None]).exp_()
+        weights = _exponentials(chunk, anchor[..., None])
         part = _weighted(p, strip, chunk, weights)
         if acc is None:
             acc, total = part, weights.sum(-1)
@@ -110,6 +114,13 @@ def _softmax(p: Problem, plan: Plan, strip: Strip) -> tuple[Tensor, Tensor]:
     if acc is None:
         return p.v.new_zeros(*shape, p.v.shape[3]), lse
     return acc.div_(total.masked_fill(total == 0, 1.0)[..., None]), lse
+
+
+def _exponentials(chunk: Chunk, anchor: Tensor) -> Tensor:
+    """``exp(factor * s - anchor)`` in place, in two passes, by the faster of ``exp`` and ``exp2``."""
+    base = math.log2(math.e) if chunk.s.device.type == "cpu" and products.exp2_wins() else 1.0
+    s = torch.sub(anchor * -base, chunk.s, alpha=-base * chunk.factor, out=chunk.s)
+    return s.exp_() if base == 1.0 else s.exp2_()
 
 
 def _kernel(p: Problem, plan: Plan, strip: Strip) -> tuple[Tensor, Tensor]:
@@ -167,7 +178,7 @@ def _score_grads(
     dout, lse, delta = rows
     dw = products.scores(_stacked(dout, p), _flat(v)).view(chunk.s.shape)
     if p.weight.softmax:
-        weights = torch.exp(chunk.s - lse.masked_fill(lse == -math.inf, 0.0))
+        weights = _exponentials(chunk, lse.masked_fill(lse == -math.inf, 0.0))
     else:
         weights = _kernel_weights(p, chunk)
         raw = weights
@@ -195,7 +206,7 @@ def _score_grads(
 
 def _strips(p: Problem, plan: Plan) -> Iterator[Strip]:
     """All heads at once while their scores stay in cache, one key head after another when they do not."""
-    for group in plan.groups(*p.q.shape[:2], p.group):
+    for group in plan.groups(p.q.shape[0], p.q.shape[1], p.group):
         for row in group.rows:
             batch, heads = group.b.stop - group.b.start, group.h.stop - group.h.start
             if batch * heads * (row.q1 - row.q0) * row.width <= _CHUNK:
@@ -221,8 +232,10 @@ def _chunks(p: Problem, plan: Plan, strip: Strip) -> Iterator[Chunk]:
     skipper = _Skipper(p.skip_threshold) if p.skip_threshold else None
     for segments in _cut(strip.row.segments, columns, plan.tile[1], aligned=p.skip_threshold > 0):
         k = _flat(fetch(p.k[strip.b, strip.kv], segments))
-        s = products.scores(q, k).view(*shape, k.shape[1]).mul_(p.scale)
-        slope = None
+        s = products.scores(q, k).view(*shape, k.shape[1])
+        slope, factor = None, p.scale
+        if p.scale <= 0 or p.softcap or p.terms or skipper or not p.weight.softmax:
+            s, factor = s.mul_(p.scale), 1.0
         if p.softcap:
             s = s.div_(p.softcap).tanh_()
             slope = 1.0 - s * s
@@ -233,7 +246,7 @@ def _chunks(p: Problem, plan: Plan, strip: Strip) -> Iterator[Chunk]:
             s += term.values(at).to(s.dtype)
         plan.hide(s, segments, -math.inf)
         if skipper is None or skipper.visits(s):
-            yield Chunk(s, segments, k, at, slope)
+            yield Chunk(s, factor, segments, k, at, slope)
 
 
 class _Skipper:
@@ -303,7 +316,6 @@ def _stacked(t: Tensor, p: Problem) -> Tensor:
 
 def _flat(t: Tensor) -> Tensor:
     return t.reshape(t.shape[0] * t.shape[1], *t.shape[2:])
-
 
 
 def _over_rows(x: Tensor, y: Tensor, p: Problem) -> Tensor:

@@ -52,7 +52,7 @@ class Plan:
     index: list[list[int]]
     layout: weakref.ref[TileLayout]
     _masks: dict[int, Tensor] = field(default_factory=dict)
-    _patterns: dict[tuple, Tensor] = field(default_factory=dict)
+    _patterns: dict[tuple[object, ...], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     _groups: dict[tuple[int, int, int], list[Group]] = field(default_factory=dict)
 
     def groups(self, batch: int, heads: int, per_kv: int) -> list[Group]:
@@ -84,7 +84,7 @@ class Plan:
             self.hide(hidden, segments, True)
             empty = hidden.all(-1)
             additive = torch.zeros(rows, width, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            found = (additive, empty if bool(empty.any()) else None)
+            found = additive, empty if bool(empty.any()) else None
             if sum(t[0].nbytes for t in self._patterns.values()) > _PATTERN_BYTES:
                 self._patterns.clear()
             self._patterns[key] = found

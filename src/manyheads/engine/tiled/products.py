@@ -85,15 +85,15 @@ def _by_blas(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    if a.shape[1] * b.shape[1] < _ONEDNN_MIN:
+    if a.shape[0] > 1 or a.shape[1] * b.shape[1] < _ONEDNN_MIN:
         return _by_blas(a, b)
     assert _linear is not None
-    return torch.stack([_linear(x, y, None, "none", [], "") for x, y in zip(a.float(), b.float(), strict=True)])
+    return _linear(a[0].float(), b[0].float(), None, "none", [], "")[None]
 
 
 def _by_bf16_product(a: Tensor, b: Tensor) -> Tensor:
-    with _reduced_precision() as granted:
-        return _by_blas(a, b) if granted else _by_blas(a, b)
+    with _reduced_precision():
+        return _by_blas(a, b)
 
 
 _METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

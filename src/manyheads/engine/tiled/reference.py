@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .bias import Block
+from .bias import Block, Term
 from .dropout import keep
 from .problem import Grads, Problem
 
@@ -65,11 +65,11 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     with _recording():
         fresh = [t.detach().requires_grad_() for t in leaves]
         again = _with_leaves(p, fresh)
-        o, l = forward(again)
-        results, seeds = [o], [dout]
+        out_again, lse_again = forward(again)
+        results, seeds = [out_again], [dout]
         if dlse is not None:
-            results.append(l)
-            seeds.append(torch.where(l == -math.inf, torch.zeros_like(l), dlse.to(l.dtype)))
+            results.append(lse_again)
+            seeds.append(dlse.to(lse.dtype).masked_fill(lse == -math.inf, 0.0))
         live = [(r, g) for r, g in zip(results, seeds, strict=True) if r.requires_grad]
         got = torch.autograd.grad([r for r, _ in live], fresh, [g for _, g in live], allow_unused=True)
     grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, got, strict=True)]
@@ -82,8 +82,8 @@ def _recording() -> Iterator[None]:
     """Records gradients even inside an operator, below which torch has switched the recording off."""
     c = torch._C
     excluded = c._dispatch_tls_local_exclude_set()
-    for key in (c.DispatchKey.AutogradFunctionality, c.DispatchKey.AutogradOther):  # type: ignore[attr-defined]
-        excluded = excluded.remove(key)  # type: ignore[attr-defined]
+    for key in (c.DispatchKey.AutogradFunctionality, c.DispatchKey.AutogradOther):
+        excluded = excluded.remove(key)
     with c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
         yield
 
@@ -127,17 +127,33 @@ def _with_leaves(p: Problem, fresh: list[Tensor]) -> Problem:
     q, k, v, *rest = fresh
     sink = rest.pop(0) if p.sink is not None else None
     terms = tuple(_replaced(t, x) for t, x in zip(p.terms, rest, strict=True))
-    return Problem(q, k, v, p.layout, p.q_pos, p.k_pos, p.weight, p.scale, p.softcap, terms, sink,
-                   p.dropout_p, p.seed, p.skip_threshold)  # fmt: skip
+    return Problem(
+        q,
+        k,
+        v,
+        p.layout,
+        p.q_pos,
+        p.k_pos,
+        p.weight,
+        p.scale,
+        p.softcap,
+        terms,
+        sink,
+        p.dropout_p,
+        p.seed,
+        p.skip_threshold,
+    )
 
 
-def _replaced(term, tensor: Tensor):
-    return replace(term, tensor=tensor)
+def _replaced(term: Term, tensor: Tensor) -> Term:
+    return replace(term, tensor=tensor)  # type: ignore[type-var]
 
 
 def _warn_if_huge(p: Problem) -> None:
     global _warned
     if not _warned and p.q.shape[0] * p.q.shape[1] * p.q.shape[2] * p.k.shape[2] > _WARN_PAIRS:
         _warned = True
-        warnings.warn("the reference backend computes every pair; above 2^28 pairs expect it to be slow and large",
-                      stacklevel=4)  # fmt: skip
+        warnings.warn(
+            "the reference backend computes every pair; above 2^28 pairs expect it to be slow and large",
+            stacklevel=4,
+        )

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from manyheads.attention import attention
+from manyheads.common.tracing import constant
 from manyheads.engine.result import Attn
-from manyheads.mask import Neighborhood
+from manyheads.mask import Mask, Neighborhood
 from manyheads.mechanism import exact
 from manyheads.spec import Case, Size, Spec, qkv
 
@@ -74,7 +75,7 @@ def neighborhood_attention(
     SPEC.check(q, k, v, causal=all(axes), lse=return_lse)
     if math.prod(shape) != q.shape[2]:
         raise ValueError(f"shape: expected a grid of N={q.shape[2]} tokens, got {tuple(shape)}")
-    mask = Neighborhood(shape, window, stride=stride, dilation=dilation, causal=causal)
+    mask = _mask(shape, window, stride, dilation, causal)
     return attention(q, k, v, mask=mask, scale=scale, return_lse=return_lse, backend=backend)
 
 
@@ -99,6 +100,17 @@ def reference(
     options = zip(shape, *map(per_axis, (window, stride, dilation, causal)), strict=True)
     visible = functools.reduce(torch.kron, (_axis(*one).to(torch.uint8) for one in options)).bool()
     return exact.reference(q, k, v, mask=visible[None, None], scale=scale, return_lse=return_lse)
+
+
+@constant
+def _mask(
+    shape: Sequence[int],
+    window: PerAxis,
+    stride: PerAxis,
+    dilation: PerAxis,
+    causal: bool | Sequence[bool],
+) -> Mask:
+    return Neighborhood(shape, window, stride=stride, dilation=dilation, causal=causal)
 
 
 def _axis(length: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:

@@ -1,0 +1,297 @@
+"""Which backend takes a call, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .common import checks
+from .common.errors import UnsupportedError, unknown
+from .engine.result import Attn
+from .engine.tiled import Bias, Term, default_tile, flash, products
+from .mask import Causal, Full, Mask, as_mask, later_key
+from .mask.build import build
+
+BACKENDS = ("sdpa", "blocked", "reference")
+"""Every backend, in the order in which ``auto`` asks them."""
+
+Positions = tuple[Tensor, Tensor]
+
+
+class Call(NamedTuple):
+    """One call of :func:`attention`, checked."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    plain: bool
+    positions: bool
+    key_padding: bool
+    return_lse: bool
+    needs_grad: bool
+
+    @property
+    def dense(self) -> bool:
+        """Whether every pair is visible."""
+        return isinstance(self.mask, Full) or (isinstance(self.mask, Causal) and self.q.shape[2] == 1)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend takes a call, and why the others do not.
+
+    Attributes:
+        taken: The backend that runs.
+        refusals: For every backend its reasons, empty for one that could run.
+        notes: What else a reader of a profile should know: density, the way of multiplying, warnings.
+    """
+
+    taken: str
+    refusals: dict[str, list[str]]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, reasons in self.refusals.items():
+            state = "taken" if name == self.taken else "refused" if reasons else "could run"
+            lines.append(f"{name}: {state}" + "".join(f"\n    {r}" for r in reasons))
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | str | Tensor | None = None,
+    scale: float | None = None,
+    bias: Bias | Term | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    positions: Positions | None = None,
+    key_padding: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Explanation:
+    """Says which backend would run a call, why the others would not, and what the mask costs.
+
+    Args:
+        q, k, v, mask, scale, bias, softcap, sink, dropout_p, positions, key_padding, return_lse, backend: As for
+            :func:`attention`.
+
+    Returns:
+        An :class:`Explanation`; print it.
+
+    Raises:
+        ValueError: As :func:`attention` would.
+        UnsupportedError: When a named backend refuses.
+
+    Example:
+        >>> import manyheads as mh
+        >>> q = torch.ones(1, 2, 256, 16)
+        >>> print(str(mh.explain(q, q, q, mask="window(8)")).splitlines()[0])
+        sdpa: refused
+    """
+    call = checked(q, k, v, mask, scale, bias, softcap, sink, dropout_p, positions, key_padding, return_lse)
+    taken = choose(call, backend)
+    refusals = {name: _refusals(name, call) for name in BACKENDS}
+    if taken == "blocked" and not refusals["sdpa"]:
+        refusals["sdpa"] = _slower(call)
+    notes = []
+    if taken != "sdpa":
+        layout = build(
+            call.mask,
+            q.shape[2],
+            k.shape[2],
+            tile=default_tile(q.shape[2], k.shape[2]),
+            positions=positions,
+            key_padding=key_padding,
+            batch=q.shape[0],
+            heads=q.shape[1],
+        )
+        notes.append(
+            f"visited tiles of {layout.tile[0]} x {layout.tile[1]}: {layout.density:.2%} of all, "
+            f"{layout.area:.2%} of the pairs are visible"
+        )
+        notes.extend([layout.cost_note] if layout.cost_note else [])
+    if taken == "blocked" and q.device.type == "cpu":
+        fused = call.plain and products.fused_wins(q.dtype)
+        notes.append("pieces go to torch's fused kernel" if fused else "pieces go to separate products and passes")
+    notes.extend(_sees_later(call, positions))
+    return Explanation(taken, refusals, tuple(notes))
+
+
+def checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | str | Tensor | None,
+    scale: float | None,
+    bias: Bias | Term | None,
+    softcap: float | None,
+    sink: Tensor | None,
+    dropout_p: float,
+    positions: Positions | None,
+    key_padding: Tensor | None,
+    return_lse: bool,
+) -> Call:
+    """Checks the arguments of a call and reads its mask.
+
+    Returns:
+        The call.
+
+    Raises:
+        ValueError: For what does not fit, naming the argument.
+        TypeError: For wrong types and dtypes.
+    """
+    checks.attention_inputs(q, k, v)
+    checks.options(q, k, scale=scale, softcap=softcap, sink=sink, dropout_p=dropout_p)
+    if positions is not None:
+        checks.positions(positions, q, k)
+    if key_padding is not None:
+        checks.key_padding(key_padding, k)
+    value = as_mask(mask)
+    _check_mask_shape(value, q)
+    plain = bias is None and softcap is None and sink is None and not dropout_p
+    grads = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return Call(q, k, v, value, plain, positions is not None, key_padding is not None, return_lse, grads)
+
+
+def _check_mask_shape(mask: Mask, q: Tensor) -> None:
+    for size, want, what in ((mask.shape[0], q.shape[0], "batch"), (mask.shape[1], q.shape[1], "heads")):
+        if size not in (1, want):
+            raise ValueError(f"mask: its {what} size is {size}; q has {want} (shape {tuple(q.shape)})")
+
+
+def choose(call: Call, backend: str) -> str:
+    """The backend that runs a call.
+
+    Raises:
+        ValueError: For an unknown name, with the nearest.
+        UnsupportedError: When a named backend refuses, with its reasons.
+    """
+    if backend == "auto":
+        return "sdpa" if not _refusals("sdpa", call) and not _slower(call) else "blocked"
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, ["auto", *BACKENDS])
+    reasons = _refusals(backend, call)
+    if reasons:
+        raise UnsupportedError(f"backend {backend!r} cannot take this call: " + "; ".join(reasons))
+    return backend
+
+
+def _refusals(backend: str, call: Call) -> list[str]:
+    """Why a backend cannot give the right answer; empty when it can."""
+    if backend != "sdpa":
+        return []
+    reasons = []
+    square_causal = isinstance(call.mask, Causal) and call.q.shape[2] == call.k.shape[2]
+    if not (call.dense or square_causal):
+        why = (
+            "its causal mask is upper-left, so Nq must equal Nk"
+            if isinstance(call.mask, Causal)
+            else ("it takes a mask only as a tensor of Nq x Nk")
+        )
+        reasons.append(f"mask {call.mask.text!r}: {why}")
+    if not call.plain:
+        reasons.append("bias, softcap, sink and dropout here have meanings that it does not share")
+    if call.positions:
+        reasons.append("it knows no logical positions")
+    if call.key_padding:
+        reasons.append("padded keys that hold NaN would reach its output")
+    if 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
+        reasons.append("a dimension is empty")
+    if call.return_lse and call.needs_grad:
+        reasons.append("its lse is not differentiable")
+    if call.return_lse and (call.q.device.type != "cpu" or call.q.shape[3] != call.v.shape[3]):
+        reasons.append("it returns an lse only on a CPU and for Dv = D")
+    return reasons
+
+
+def _slower(call: Call) -> list[str]:
+    """Why ``auto`` prefers the engine although SDPA could run."""
+    pairs = call.q.shape[0] * call.q.shape[1] * call.q.shape[2] * call.k.shape[2]
+    if call.q.device.type != "cpu" or pairs < _PROBE_PAIRS or call.q.dtype not in (torch.float32, torch.bfloat16):
+        return []
+    if torch.compiler.is_compiling() or products.fused_wins(call.q.dtype):
+        return []  # a probe cannot run inside a trace
+    return ["products and passes were measured to be faster on this processor"]
+
+
+_PROBE_PAIRS = 1 << 22
+
+
+def _sees_later(call: Call, positions: Positions | None) -> list[str]:
+    if not any(isinstance(leaf, Causal) for leaf in call.mask.leaves()):
+        return []
+    found = later_key(call.mask, call.q.shape[2], call.k.shape[2], positions=positions)
+    return [] if found is None else [f"the mask contains causal, yet query {found[0]} sees the later key {found[1]}"]
+
+
+# --- delegation -------------------------------------------------------------------------------------------------
+
+Runner = Callable[[Tensor, Tensor, Tensor, float | None], "Tensor | Attn"]
+delegations: dict[tuple[object, ...], Runner] = {}
+
+
+def remember(call: Call, mask: object, run: Runner) -> None:
+    """Keeps the choice for calls of the same shapes, so that the next one costs a lookup."""
+    q, k, v = call.q, call.k, call.v
+    key = (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        q.device,
+        k.device,
+        v.device,
+        call.return_lse,
+        call.needs_grad,
+        mask,
+    )
+    if len(delegations) > 1024:
+        delegations.clear()
+    delegations[key] = run
+
+
+def sdpa_runner(call: Call) -> Runner:
+    """The shortest way to run a call that SDPA does not refuse."""
+    causal = not call.dense
+    groups = call.q.shape[1] // call.k.shape[1]
+    if call.return_lse:
+        return lambda q, k, v, scale: Attn(
+            *flash.whole(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else float(scale))
+        )
+    if call.q.shape[2] == 1 and groups > 1:
+        return _rows_of_a_group
+    if groups > 1:
+        return lambda q, k, v, scale: scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=True
+        )
+    if causal:
+        return _causal
+    return _dense
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=scale)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _rows_of_a_group(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """One query token: the query heads of a key head become the rows of one product."""
+    b, h, _, d = q.shape
+    stacked = q.reshape(b, k.shape[1], h // k.shape[1], d)
+    return scaled_dot_product_attention(stacked, k, v, scale=scale).reshape(b, h, 1, v.shape[3])
