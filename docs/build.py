@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -118,14 +119,20 @@ def _defined(module: ModuleType) -> list[str]:
 
 def _described(name: str, thing: Any) -> str:
     """One function or class with its methods."""
-    text = [f"### {name}{_signature(thing)}", _markdown(inspect.getdoc(thing) or "")]
+    text = [_headed("###", name, thing), _markdown(inspect.getdoc(thing) or "")]
     if inspect.isclass(thing):
         for method, member in vars(thing).items():
             found = getattr(member, "__func__", member)
             if inspect.isfunction(found) and not method.startswith("_") and found.__doc__:
                 about = _markdown(inspect.getdoc(found) or "")
-                text.append(f"#### {name}.{method}{_signature(found)}\n{about}")
+                text += [_headed("####", f"{name}.{method}", found), about]
     return "\n\n".join(text)
+
+
+def _headed(level: str, name: str, thing: Any) -> str:
+    """A heading, and under it how to call the thing."""
+    lines = textwrap.wrap(f"{name}{_signature(thing)}", 100, subsequent_indent="    ")
+    return f"{level} {name}\n\n```text\n" + "\n".join(lines) + "\n```"
 
 
 def _signature(thing: Callable[..., Any]) -> str:
@@ -178,7 +185,8 @@ def _markdown(doc: str) -> str:
         if section == "Example":
             yield "```"
 
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines())).strip()
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", "\n".join(lines()))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 OUTPUTS: dict[str, Callable[[], str]] = {

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .dispatch import BACKENDS, Explanation, checked, choose, delegations, explain, remember, sdpa_runner
 from .engine.result import Attn
-from .engine.tiled import Bias, Term, default_tile, reference, tiled
+from .engine.tiled import Bias, Term, reference, tiled
+from .engine.tiled.op import layout_for
 from .engine.tiled.plan import visible_rows
 from .engine.tiled.problem import Problem
 from .engine.tiled.weight import WEIGHTS
 from .mask import Mask
-from .mask.build import build
 
 __all__ = ["BACKENDS", "Attn", "Explanation", "attention", "attention_weights", "explain"]
 
@@ -240,16 +240,7 @@ def attention_weights(
     if any(not -nq <= r < nq for r in chosen):
         raise ValueError(f"rows: expected indices of {nq} queries, got {list(chosen)}")
     index = torch.tensor([r % nq for r in chosen], dtype=torch.int64, device=q.device)
-    layout = build(
-        call.mask,
-        nq,
-        k.shape[2],
-        tile=default_tile(nq, k.shape[2]),
-        positions=positions,
-        key_padding=key_padding,
-        batch=q.shape[0],
-        heads=q.shape[1],
-    )
+    layout = layout_for(call.mask, q, k, positions, key_padding)
     if key_padding is not None:
         k = k.masked_fill(~key_padding[:, None, :, None], 0.0)
     none = torch.empty(0, 0, dtype=torch.int64)

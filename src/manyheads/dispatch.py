@@ -13,9 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from .common import checks
 from .common.errors import UnsupportedError, unknown
 from .engine.result import Attn
-from .engine.tiled import Bias, Term, default_tile, flash, products
+from .engine.tiled import Bias, Term, flash, products
+from .engine.tiled.op import layout_for
 from .mask import Causal, Full, Mask, as_mask, later_key
-from .mask.build import build
 
 BACKENDS = ("sdpa", "blocked", "reference")
 """Every backend, in the order in which ``auto`` asks them."""
@@ -106,16 +106,7 @@ def explain(
         refusals["sdpa"] = _slower(call)
     notes = []
     if taken != "sdpa":
-        layout = build(
-            call.mask,
-            q.shape[2],
-            k.shape[2],
-            tile=default_tile(q.shape[2], k.shape[2]),
-            positions=positions,
-            key_padding=key_padding,
-            batch=q.shape[0],
-            heads=q.shape[1],
-        )
+        layout = layout_for(call.mask, q, k, positions, key_padding)
         notes.append(
             f"visited tiles of {layout.tile[0]} x {layout.tile[1]}: {layout.density:.2%} of all, "
             f"{layout.area:.2%} of the pairs are visible"

@@ -15,9 +15,7 @@ def write_capture():
     from manyheads.integration.capture import FORMAT
 
     def write(path, layers, **more):
-        tensors = {
-            f"layers.{i}.{x}": t.clone() for i, qkv in layers.items() for x, t in zip("qkv", qkv, strict=True)
-        }
+        tensors = {f"layers.{i}.{x}": t.clone() for i, qkv in layers.items() for x, t in zip("qkv", qkv, strict=True)}
         about = [{"index": i, "module": f"m{i}", "scaling": 0.25, "causal": True} for i in layers]
         metadata = {"format": FORMAT, "model": "tiny", "layers": json.dumps(about)}
         torch_file.save_file({**tensors, **more}, path, metadata=metadata)

@@ -28,9 +28,7 @@ def test_visible_rows_may_differ_by_head_and_have_more_keys():
 
 @pytest.mark.parametrize("phase", ["forward", "forward+backward"])
 def test_the_truth_is_attention_and_its_gradients_in_float64(phase):
-    problem = Problem(
-        Causal(), 30, 41, heads=4, kv_heads=2, width=8, value_width=6, dtype="float64", phase=phase
-    )
+    problem = Problem(Causal(), 30, 41, heads=4, kv_heads=2, width=8, value_width=6, dtype="float64", phase=phase)
     q, k, v = (t.requires_grad_() for t in problem.tensors())
     known = truth(problem, q.detach(), k.detach(), v.detach(), rows=12)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=problem.mask.dense(30, 41), enable_gqa=True)

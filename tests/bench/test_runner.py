@@ -58,14 +58,9 @@ def test_a_case_asked_for_twice_is_run_once(tmp_path):
 
 def test_finished_cases_are_not_run_again(tmp_path):
     ran = []
-    cases = [
-        case(name, lambda c, name=name: ran.append(name) or [Row("masks", name, "manyheads")])
-        for name in "abc"
-    ]
+    cases = [case(name, lambda c, name=name: ran.append(name) or [Row("masks", name, "manyheads")]) for name in "abc"]
     earlier = [Row("masks", "a", "manyheads"), Row("masks", "b", "manyheads")]
-    outcome = started(tmp_path / "x", cases, rows=earlier, finished=[("masks", "a"), ("masks", "b")]).all(
-        cases
-    )
+    outcome = started(tmp_path / "x", cases, rows=earlier, finished=[("masks", "a"), ("masks", "b")]).all(cases)
     assert ran == ["c"]
     assert [r.case for r in outcome.rows] == list("abc")
 

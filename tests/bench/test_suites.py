@@ -83,6 +83,7 @@ def test_flex_takes_part_where_compiling_is_worth_it():
 
     assert "flex" not in who("quick", 1024) and "flex" not in who("default", 1024)
     assert "flex" in who("default", 8192) and "flex" in who("full", 1024)
+    assert {"manyheads", "sdpa"} <= {*who("quick", 1024)} & {*who("default", 8192)}
 
 
 @pytest.mark.parametrize(("text", "near"), [("casual", "causal"), ("causal_documents", "causal_document")])

@@ -19,9 +19,7 @@ class Clock:
         return self.now
 
     def call(self, name, ms):
-        costs = (
-            itertools.chain(ms, itertools.repeat(ms[-1])) if isinstance(ms, list) else itertools.repeat(ms)
-        )
+        costs = itertools.chain(ms, itertools.repeat(ms[-1])) if isinstance(ms, list) else itertools.repeat(ms)
 
         def run():
             self.order.append(name)
@@ -48,18 +46,14 @@ def test_the_budget_decides_the_rounds_within_their_limits():
     clock = Clock()
 
     def rounds(budget):
-        return interleave({"a": clock.call("a", 10.0)}, budget_s=budget, rounds=(5, 20), clock=clock)[
-            "a"
-        ].rounds
+        return interleave({"a": clock.call("a", 10.0)}, budget_s=budget, rounds=(5, 20), clock=clock)["a"].rounds
 
     assert [rounds(b) for b in (0.0, 0.1, 60.0)] == [5, 10, 20]
 
 
 def test_a_sample_of_short_calls_is_their_mean():
     clock = Clock()
-    found = interleave(
-        {"a": clock.call("a", 1.0)}, budget_s=0.0, rounds=(2, 2), inner=7, warmup=0, clock=clock
-    )
+    found = interleave({"a": clock.call("a", 1.0)}, budget_s=0.0, rounds=(2, 2), inner=7, warmup=0, clock=clock)
     assert found["a"].samples == (1.0, 1.0)
     assert len(clock.order) == 1 + 2 * 7
 
@@ -67,9 +61,7 @@ def test_a_sample_of_short_calls_is_their_mean():
 def test_a_wide_spread_is_marked():
     assert not Timing((10.0, 10.1, 10.2, 10.1, 10.0)).noisy
     assert Timing((10.0, 10.0, 20.0, 30.0, 5.0)).noisy
-    assert not Timing(
-        (10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 90.0)
-    ).noisy  # one outlier is none
+    assert not Timing((10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 90.0)).noisy  # one outlier is none
 
 
 def test_percentiles_interpolate():

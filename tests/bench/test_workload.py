@@ -20,9 +20,7 @@ def test_operations_are_counted_as_the_field_counts_them():
 
 
 def test_bytes_are_those_of_the_tensors():
-    problem = Problem(
-        Causal(), 10, 20, batch=2, heads=4, kv_heads=2, width=8, value_width=6, dtype="bfloat16"
-    )
+    problem = Problem(Causal(), 10, 20, batch=2, heads=4, kv_heads=2, width=8, value_width=6, dtype="bfloat16")
     tensors = problem.tensors()
     assert problem.bytes() == sum(t.nbytes for t in tensors) + 2 * 4 * 10 * 6 * 2
 

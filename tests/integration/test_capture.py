@@ -118,7 +118,7 @@ def test_the_benchmark_reads_the_file(tmp_path):
 
     path = capture(llama(), {"input_ids": IDS}, tmp_path / "bench.safetensors", name="tiny")
     layers = read_captured(path)
-    assert [layer.name for layer in layers] == ["layers.0", "layers.1", "layers.2"]
+    assert len(layers) == 3
     assert layers[0].source == "tiny" and layers[0].q.shape == (1, 4, 7, 8)
 
 

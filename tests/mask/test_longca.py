@@ -65,12 +65,8 @@ def test_the_same_at_an_odd_length_with_the_default_draws(name):
 
 def test_one_document_is_the_whole_sequence():
     for total in (1, 33):
-        assert torch.equal(
-            longca("causal_document", total, lengths=[total]).mask.dense(total), Causal().dense(total)
-        )
-        assert torch.equal(
-            longca("full_document", total, lengths=[total]).mask.dense(total), Full().dense(total)
-        )
+        assert torch.equal(longca("causal_document", total, lengths=[total]).mask.dense(total), Causal().dense(total))
+        assert torch.equal(longca("full_document", total, lengths=[total]).mask.dense(total), Full().dense(total))
 
 
 @pytest.mark.parametrize("w", [33, 34, 1000])
@@ -84,9 +80,7 @@ def test_the_window_leaves_out_self():
     assert case.mask.dense(40).sum(-1).max() == 6
 
 
-@given(
-    st.integers(1, 2**20), st.integers(0, 10**6), st.sampled_from(["pile", "prolong64k", "prolong512k", None])
-)
+@given(st.integers(1, 2**20), st.integers(0, 10**6), st.sampled_from(["pile", "prolong64k", "prolong512k", None]))
 def test_lengths_sum_exactly_and_repeat(total, seed, name):
     lens = document_lengths(total, name, seed=seed)
     assert sum(lens) == total and min(lens) >= 1

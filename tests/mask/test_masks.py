@@ -188,9 +188,7 @@ def test_nested_combinations_are_flattened():
     assert (a & (b & c)).text == ((a & b) & c).text == "causal & window(3) & sink(1)"
     assert (a | (b | a)).text == "causal | window(3)"
     assert ~~a is a and (a & Full()) is a and (Full() & Full()).text == "full"
-    assert (~(a & b)).text == "~(causal & window(3))" and (
-        (a | b) & c
-    ).text == "(causal | window(3)) & sink(1)"
+    assert (~(a & b)).text == "~(causal & window(3))" and ((a | b) & c).text == "(causal | window(3)) & sink(1)"
     assert (a | b & c).text == "causal | window(3) & sink(1)"
 
 

@@ -52,9 +52,7 @@ def at_least(base: Row, measured: float | None, target: float, unit: str = "x") 
 
 def at_most(base: Row, measured: float | None, target: float, unit: str = "x") -> Row:
     """A bar that is met up to a number; arguments as for ``at_least``."""
-    return _judged(
-        base, measured, f"<= {target:.4g}{_unit(unit)}", measured is not None and measured <= target
-    )
+    return _judged(base, measured, f"<= {target:.4g}{_unit(unit)}", measured is not None and measured <= target)
 
 
 def one(rows: Sequence[Row], provider: str) -> Row | None:
@@ -109,9 +107,7 @@ def dense(base: Row, target: float) -> Callable[[list[list[Row]]], list[Row]]:
     return judge
 
 
-def against_flex(
-    base: Row, names: Sequence[str], mean: float, least: float
-) -> Callable[[list[list[Row]]], list[Row]]:
+def against_flex(base: Row, names: Sequence[str], mean: float, least: float) -> Callable[[list[list[Row]]], list[Row]]:
     """Ours against compiled FlexAttention over many masks: the geometric mean and the worst."""
 
     def judge(measured: list[list[Row]]) -> list[Row]:
@@ -170,9 +166,7 @@ def backward(base: Row, speed: float, memory: float) -> Callable[[list[list[Row]
         rows = measured[0]
         ratio, reason = speedup(rows, "sdpa")
         peaks = [r.peak_mib if (r := one(rows, p)) is not None else None for p in (OURS, "sdpa")]
-        less = (
-            max(peaks[1], 0.0) / max(peaks[0], 0.1) if peaks[0] is not None and peaks[1] is not None else None
-        )
+        less = max(peaks[1], 0.0) / max(peaks[0], 0.1) if peaks[0] is not None and peaks[1] is not None else None
         note = None if less is None else f"{peaks[0]:.0f} against {peaks[1]:.0f} MiB"
         return [
             at_least(_worded(base, "speed").replace(note=reason), ratio, speed),
@@ -231,17 +225,13 @@ def overhead(base: Row, most: dict[str, float]) -> Callable[[list[list[Row]]], l
         out = []
         for provider, target in most.items():
             row = one(measured[0], provider)
-            out.append(
-                at_most(_worded(base, provider), None if row is None else row.overhead_us, target, "us")
-            )
+            out.append(at_most(_worded(base, provider), None if row is None else row.overhead_us, target, "us"))
         return out
 
     return judge
 
 
-def packing(
-    base: Row, given: float, by_length: float, cosine: float
-) -> Callable[[list[list[Row]]], list[Row]]:
+def packing(base: Row, given: float, by_length: float, cosine: float) -> Callable[[list[list[Row]]], list[Row]]:
     """Sentences per second of the better packing against padded batches, and the agreement of embeddings."""
 
     def judge(measured: list[list[Row]]) -> list[Row]:

@@ -44,8 +44,7 @@ def table(rows: Sequence[Row]) -> str:
     cells = [[head for head, _ in shown], *([cell(row) for _, cell in shown] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
     return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
     )
 
 
@@ -71,14 +70,10 @@ def capability_table(entries: Sequence[tuple[str, dict[str, str]]]) -> str:
         line = [problem]
         for name in names:
             answer = answers.get(name, "")
-            line.append(
-                answer if answer in ("yes", "") else f"no ({reasons.setdefault(answer, len(reasons) + 1)})"
-            )
+            line.append(answer if answer in ("yes", "") else f"no ({reasons.setdefault(answer, len(reasons) + 1)})")
         lines.append(line)
     widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
-    drawn = [
-        "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    drawn = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([*drawn, *(f"  ({number}) {reason}" for reason, number in reasons.items())])
 
 
@@ -197,9 +192,7 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Any:
         drawn.add_column(head, justify="right" if head in _RIGHT else "left", overflow="fold")
     for row in rows:
         bad = row.gate == "red" or row.status == "failed" or row.verdict == "missed"
-        style = (
-            "red" if bad else "dim" if row.status == "refused" else "green" if row.verdict == "met" else ""
-        )
+        style = "red" if bad else "dim" if row.status == "refused" else "green" if row.verdict == "met" else ""
         drawn.add_row(*(Text(cell(row)) for _, cell in shown), style=style)
     return drawn
 
@@ -257,9 +250,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}"
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
     if whole == 0 and value:
-        leading = len(f"{abs(value):.10f}".split(".")[1]) - len(
-            f"{abs(value):.10f}".split(".")[1].lstrip("0")
-        )
+        leading = len(f"{abs(value):.10f}".split(".")[1]) - len(f"{abs(value):.10f}".split(".")[1].lstrip("0"))
         return f"{value:.{digits + leading}f}"
     return f"{value:.{max(digits - whole, 0)}f}"
 

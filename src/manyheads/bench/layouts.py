@@ -42,9 +42,7 @@ BUILDS = (
 def cases(options: Options) -> list[Case]:
     """One case for each length and way of compiling."""
     builds = BUILDS if not options.masks else tuple(Build(m, m) for m in options.masks)
-    return [
-        case(which, n, options.seed) for n in options.lengths or LENGTHS[options.level] for which in builds
-    ]
+    return [case(which, n, options.seed) for n in options.lengths or LENGTHS[options.level] for which in builds]
 
 
 def case(which: Build, length: int, seed: int = 0) -> Case:
@@ -59,9 +57,7 @@ def case(which: Build, length: int, seed: int = 0) -> Case:
         The case; its row has the time of both directions together, the peak memory of the same in a process
         of its own, and the number of unique tiles.
     """
-    return Case(
-        "layouts", f"{which.name}-{length}", lambda c: _run(c, which, length, seed), 4.0, ("manyheads",)
-    )
+    return Case("layouts", f"{which.name}-{length}", lambda c: _run(c, which, length, seed), 4.0, ("manyheads",))
 
 
 def both_ways(mask: Mask, length: int, keyed: bool) -> TileLayout:
@@ -99,9 +95,7 @@ def _run(context: Context, which: Build, length: int, seed: int) -> list[Row]:
     )
     context.say(f"layouts/{row.case}: building")
     layout = both_ways(mask, length, which.keyed)
-    found = interleave({"b": lambda: both_ways(mask, length, which.keyed)}, budget_s=context.options.seconds)[
-        "b"
-    ]
+    found = interleave({"b": lambda: both_ways(mask, length, which.keyed)}, budget_s=context.options.seconds)["b"]
     row = row.replace(
         **found.fields(),
         density=layout.density,

@@ -38,10 +38,7 @@ class Limits:
             >>> Limits({"float32": 320.0}, 22.0, 9.0, {"float32": "oneDNN"}).line()
             'float32 320 GFLOP/s (oneDNN) · copy 22 GB/s · exp 9.0 G/s'
         """
-        parts = [
-            f"{dtype} {rate:.0f} GFLOP/s ({self.method.get(dtype, 'mm')})"
-            for dtype, rate in self.matrix.items()
-        ]
+        parts = [f"{dtype} {rate:.0f} GFLOP/s ({self.method.get(dtype, 'mm')})" for dtype, rate in self.matrix.items()]
         if self.copy is not None:
             parts.append(f"copy {self.copy:.0f} GB/s")
         if self.exp is not None:

@@ -16,6 +16,8 @@ from manyheads.mask.longca import LONG, STATIC, longca
 
 DTYPES = ("float32", "bfloat16")
 LENGTHS = {"quick": (1024,), "default": (1024, 8192), "full": (1024, 2048, 4096, 8192, 16_384, 32_768)}
+LONG_FROM = 2048
+"""Tokens from which FlexAttention is worth its compilation, and a boolean mask no longer worth waiting for."""
 COMPILE_S = 6.0
 """What compiling FlexAttention for one mask takes, roughly."""
 
@@ -30,8 +32,8 @@ def cases(options: Options) -> list[Case]:
     return [
         case(mask, length, dtype, options)
         for length in options.lengths or LENGTHS[options.level]
-        for dtype in dtypes
         for mask in options.masks or STATIC
+        for dtype in dtypes
     ]
 
 
@@ -47,15 +49,10 @@ def case(mask: str, length: int, dtype: str, options: Options, *, heads: int = 8
         width: Head width.
 
     Returns:
-        The case. In the default level FlexAttention, which has to be compiled for each mask, takes part from
-        4096 tokens on.
+        The case. Below ``--full`` a long sequence goes through FlexAttention, which has to be compiled for each
+        mask, and a short one through the quadratic providers.
     """
-    own = (
-        ("manyheads", "sdpa", "reference")
-        if length < 4096 and options.level != "full"
-        else providers.STANDARD
-    )
-    who = options.chosen(own)
+    who = options.chosen(providers.STANDARD if options.level == "full" else _worthwhile(mask, length))
     name = f"{mask}-{length}-{dtype}" + ("" if (heads, width) == (8, 64) else f"-{heads}x{width}")
 
     def run(context: Context) -> list[Row]:
@@ -105,8 +102,15 @@ def resolve(mask: str, length: int, seed: int) -> Mask:
 def seconds(who: Sequence[str], length: int, dtype: str, options: Options) -> float:
     """A rough duration of one case, for the progress bar."""
     dense = (length / 8192) ** 2 * (1.0 if dtype == "float32" else 0.5)
-    each = max(options.seconds, 6 * dense)
+    each = max(options.seconds, 3 * dense)
     return 1.0 + sum(each + (COMPILE_S if name == "flex" else 0.0) for name in who if name != "reference")
+
+
+def _worthwhile(mask: str, length: int) -> tuple[str, ...]:
+    """Who takes part where minutes count."""
+    if length < LONG_FROM:
+        return ("manyheads", "sdpa", "reference")
+    return ("manyheads", "sdpa", "flex") if mask in ("full", "causal") else ("manyheads", "flex")
 
 
 def _captured_cases(options: Options, path: Path, dtypes: Sequence[str]) -> list[Case]:

@@ -101,7 +101,7 @@ def attention_rows(
     if calls:
         context.say(f"{base.suite}/{base.case}: timing {', '.join(calls)}")
         with torch.set_grad_enabled(problem.backward):
-            times = interleave(calls, budget_s=context.options.seconds, rounds=rounds)
+            times = interleave(calls, budget_s=context.options.seconds, rounds=rounds, warmup=0)
         for name, timing in times.items():
             timed = rows[name].replace(**{**timing.fields(), "first_ms": rows[name].first_ms})
             rows[name] = _rated(timed, problem, context.limits)
@@ -153,9 +153,7 @@ def peak_of(problem: Problem, provider: str) -> memory.Peak:
     adapter = providers.get(provider)
     small = Problem(Full(), 64, heads=problem.heads, kv_heads=problem.kv_heads, dtype=problem.dtype)
     small = Problem(**{**vars(small), "width": problem.width, "phase": problem.phase})
-    bound(
-        adapter.prepare(small), small, small.tensors()
-    )()  # libraries, threads and probes are no part of the call
+    bound(adapter.prepare(small), small, small.tensors())()  # libraries, threads and probes are no part of the call
     inputs = problem.tensors()
     forward = adapter.prepare(problem)
     call = bound(forward, problem, inputs)
@@ -200,9 +198,7 @@ def bound(
     return run_both
 
 
-def _first(
-    row: Row, problem: Problem, inputs: Inputs, known: oracle.Truth
-) -> tuple[Row, Callable[[], object] | None]:
+def _first(row: Row, problem: Problem, inputs: Inputs, known: oracle.Truth) -> tuple[Row, Callable[[], object] | None]:
     """Prepares a provider, times its first call and judges the result; no call to time if it refuses."""
     adapter = providers.get(row.provider)
     if (reason := adapter.refuse(problem)) is not None:

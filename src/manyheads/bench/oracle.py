@@ -155,9 +155,7 @@ def judge(found: tuple[Tensor, ...], known: Truth) -> Verdict:
     return Verdict(error, norm, limit, gate)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, upstream: Tensor | None
-) -> tuple[Tensor, ...]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, upstream: Tensor | None) -> tuple[Tensor, ...]:
     """Torch's attention under a boolean mask, and its gradients; float64 takes the plain formula."""
     with torch.set_grad_enabled(upstream is not None):
         if upstream is not None:

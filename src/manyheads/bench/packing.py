@@ -65,9 +65,7 @@ def encoder_case(dtype: str, options: Options, *, documents: int = 512, seed: in
     who = options.chosen(PROVIDERS)
     fewest = ROUNDS[options.level][0]
     seconds = documents / 512 * (55.0 if dtype == "float32" else 25.0) * (fewest + 1)
-    return Case(
-        "packing", name, lambda context: _run(context, name, dtype, documents, seed, who), seconds, tuple(who)
-    )
+    return Case("packing", name, lambda context: _run(context, name, dtype, documents, seed, who), seconds, tuple(who))
 
 
 def real_documents(count: int, seed: int | None = None) -> list[str]:
@@ -205,9 +203,7 @@ class _Work:
         return encode_packed(self.ours, self.tokens, packing=self.pack(provider), tokens=TOKENS)
 
 
-def _run(
-    context: Context, name: str, dtype: str, count: int, seed: int | None, who: Sequence[str]
-) -> list[Row]:
+def _run(context: Context, name: str, dtype: str, count: int, seed: int | None, who: Sequence[str]) -> list[Row]:
     base = Row("packing", name, "-", phase="encode", dtype=dtype, seed=seed)
     context.say(f"packing/{name}: loading the encoder and {count} documents")
     try:

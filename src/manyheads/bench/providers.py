@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import types
@@ -16,6 +17,7 @@ from torch import Tensor
 from manyheads.bench import environment
 from manyheads.bench.workload import Problem, human
 from manyheads.common.errors import unknown
+from manyheads.mask import Mask
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -50,9 +52,7 @@ class Ours:
         """The backend's own reasons are found at the call; here the quadratic reference is kept small."""
         pairs = problem.batch * problem.heads * problem.queries * problem.nk
         if self.backend == "reference" and pairs > REFERENCE_PAIRS:
-            return (
-                f"quadratic: {pairs:.1e} pairs are above the {REFERENCE_PAIRS:.1e} that are worth waiting for"
-            )
+            return f"quadratic: {pairs:.1e} pairs are above the {REFERENCE_PAIRS:.1e} that are worth waiting for"
         return None
 
     def prepare(self, problem: Problem) -> Forward:
@@ -111,9 +111,7 @@ class Flex:
         from torch._inductor import config
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        config.compile_threads = (
-            1  # a pool of compilers would leave threads behind in the process that is timed
-        )
+        config.compile_threads = 1  # a pool of compilers would leave threads behind in the process that is timed
         mask_mod = problem.mask.to_flex(problem.queries, problem.nk)
         batch, heads = (n if n > 1 else None for n in problem.mask.shape)
         with torch.no_grad():
@@ -140,6 +138,17 @@ MASK_PAIRS = 2**28
 """Above this many pairs no N x N boolean mask is made."""
 FLEX_PAIRS = 2**28
 """Above this many pairs no block mask is evaluated pair by pair."""
+
+
+@functools.lru_cache(maxsize=16)
+def _block_mask(mask: Mask, nq: int, nk: int) -> Any:
+    """FlexAttention's own layout: seconds at 8192 tokens, and the same for every dtype."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, heads = (n if n > 1 else None for n in mask.shape)
+    with torch.no_grad():
+        return create_block_mask(mask.to_flex(nq, nk), batch, heads, nq, nk, device="cpu")
+
 
 _numbers = itertools.count()
 _PROVIDERS: dict[str, Provider] = {
@@ -197,9 +206,7 @@ def add(provider: Provider) -> None:
     _PROVIDERS[provider.name] = provider
 
 
-def capabilities(
-    problems: Iterable[tuple[str, Problem]], chosen: Iterable[str]
-) -> list[tuple[str, dict[str, str]]]:
+def capabilities(problems: Iterable[tuple[str, Problem]], chosen: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
     """What each provider would do with each problem, before anything is run.
 
     Args:

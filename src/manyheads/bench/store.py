@@ -78,9 +78,7 @@ def read(path: Path) -> Results:
         raise ValueError(f"results: cannot read {path}: {_why(error)}") from None
     parsed = list(_parsed(lines, path))
     if not parsed or parsed[0].get("kind") != "header":
-        raise ValueError(
-            f"results: {path} is not a results file of this benchmark: its first line is no header"
-        )
+        raise ValueError(f"results: {path} is not a results file of this benchmark: its first line is no header")
     header = parsed[0]
     if header.get("schema", 0) > SCHEMA:
         raise ValueError(f"results: {path} has schema {header['schema']}, this version reads up to {SCHEMA}")

@@ -49,11 +49,7 @@ class Options:
     @property
     def seconds(self) -> float:
         """Time for the rounds of one provider in one case."""
-        return (
-            self.budget_s
-            if self.budget_s is not None
-            else {"quick": 0.5, "default": 2.0, "full": 8.0}[self.level]
-        )
+        return self.budget_s if self.budget_s is not None else {"quick": 0.3, "default": 1.0, "full": 5.0}[self.level]
 
     def chosen(self, own: Sequence[str]) -> tuple[str, ...]:
         """The providers that were named, or a suite's own where none was."""

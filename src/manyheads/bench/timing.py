@@ -117,9 +117,7 @@ def interleave(
     """
     fewest, most = rounds
     if not calls or not 1 <= fewest <= most:
-        raise ValueError(
-            f"interleave: expected calls and 1 <= fewest <= most rounds, got {len(calls)}, {rounds}"
-        )
+        raise ValueError(f"interleave: expected calls and 1 <= fewest <= most rounds, got {len(calls)}, {rounds}")
     first = {name: _sample(call, 1, clock) for name, call in calls.items()}
     for _ in range(warmup):
         for call in calls.values():

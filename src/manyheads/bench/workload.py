@@ -105,9 +105,7 @@ class Problem:
     def bytes(self) -> int:
         """Bytes of q, k, v and the result, once; with gradients also theirs."""
         size = torch.empty((), dtype=self.torch_dtype).element_size()
-        per_head = self.heads * self.queries * (self.width + self.dv) + self.hkv * self.nk * (
-            self.width + self.dv
-        )
+        per_head = self.heads * self.queries * (self.width + self.dv) + self.hkv * self.nk * (self.width + self.dv)
         return self.batch * per_head * size * (2 if self.backward else 1)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

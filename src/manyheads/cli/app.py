@@ -62,9 +62,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _top(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Attention for PyTorch: measure it, look at masks, see what works here."""
 
@@ -74,26 +72,18 @@ def bench(
     context: typer.Context,
     suite: Annotated[list[str] | None, typer.Option(help="Only this suite; may be repeated.")] = None,
     provider: Annotated[list[str] | None, typer.Option(help="Only this provider; may be repeated.")] = None,
-    mask: Annotated[
-        list[str] | None, typer.Option(help="A static mask by name, or any mask as text.")
-    ] = None,
+    mask: Annotated[list[str] | None, typer.Option(help="A static mask by name, or any mask as text.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
     length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; may be repeated.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A couple of minutes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Everything; hours.")] = False,
-    input: Annotated[
-        Path | None, typer.Option(help="Captured q, k, v (safetensors) for the masks suite.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Results file; reports/bench-<time>.jsonl by default.")
-    ] = None,
+    input: Annotated[Path | None, typer.Option(help="Captured q, k, v (safetensors) for the masks suite.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results file; reports/bench-<time>.jsonl by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the file named by --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and how long.")] = False,
     no_verdict: Annotated[bool, typer.Option("--no-verdict", help="A missed bar is no failure.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of inputs and of the shapes that are drawn.")] = 42,
-    budget: Annotated[
-        float | None, typer.Option(min=0.0, help="Seconds of rounds a provider and case.")
-    ] = None,
+    budget: Annotated[float | None, typer.Option(min=0.0, help="Seconds of rounds a provider and case.")] = None,
 ) -> int:
     """Measure: ours, torch and FlexAttention on the same inputs, interleaved."""
     from manyheads.cli import bench as command
@@ -138,7 +128,7 @@ def show(
     mask: Annotated[str, typer.Argument(help='Such as "causal & window(512)".')],
     n: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Queries.")] = 4096,
     keys: Annotated[int | None, typer.Option(min=1, help="Keys; as many as queries by default.")] = None,
-    tile: Annotated[str, typer.Option(help="Queries x keys in a tile.")] = "128x128",
+    tile: Annotated[str | None, typer.Option(help="Queries x keys in a cell; as many as fit by default.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw into this file instead.")] = None,
 ) -> int:
     """Draw a mask with its tiles."""

@@ -113,17 +113,13 @@ def plan(request: Request) -> list[Case]:
         if name not in known:
             raise unknown("provider", name, known)
     asked = set(options.providers)
-    cases = [
-        case for suite in suites for case in suite.cases(options) if not asked or asked & {*case.providers}
-    ]
+    cases = [case for suite in suites for case in suite.cases(options) if not asked or asked & {*case.providers}]
     if not cases:
         raise ValueError("nothing to run: no case has the suites, providers and dtypes that were asked for")
     return cases
 
 
-def _open(
-    out: Path, header: dict[str, Any], earlier: Results | None, options: Options
-) -> tuple[Store, Limits]:
+def _open(out: Path, header: dict[str, Any], earlier: Results | None, options: Options) -> tuple[Store, Limits]:
     """Opens the file before anything slow is done, so that a bad place is found at once."""
     if earlier is not None and "limits" in earlier.header:
         machine = Limits(**earlier.header["limits"])
@@ -143,11 +139,7 @@ def _close(outcome: Outcome, env: dict[str, Any], machine: Limits, path: Path, r
         print(f"targets: {met} of {len(bars)} met on {env['cpu_vendor']} {env['cpu_model']}{left}")
         print(f"machine limits: {machine.line()}")
         for row in outcome.missed:
-            found = (
-                f"{display.number(row.measured)}, target {row.target}"
-                if row.measured is not None
-                else row.note
-            )
+            found = f"{display.number(row.measured)}, target {row.target}" if row.measured is not None else row.note
             print(f"  {row.verdict}: {row.bar}: {found}")
         if outcome.missed and not request.verdict:
             print("  (--no-verdict: not counted)")

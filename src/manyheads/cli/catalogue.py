@@ -33,13 +33,9 @@ def run(*, as_json: bool, state: str | None) -> int:
     width = max((len(entry.slug) for entry in found), default=0)
     for entry in found:
         held = f"{len(entry.checks) - len(entry.missing)}/{len(entry.checks)}"
-        print(
-            f"{entry.slug:{width}}  {entry.state:8} {held:>6}  {entry.object or entry.home:45}  {entry.title}"
-        )
+        print(f"{entry.slug:{width}}  {entry.state:8} {held:>6}  {entry.object or entry.home:45}  {entry.title}")
     works = sum(entry.state == "works" for entry in found)
-    print(
-        f"{len(found)} systems: {works} work, {len(found) - works} planned; checks held by tests / all checks"
-    )
+    print(f"{len(found)} systems: {works} work, {len(found) - works} planned; checks held by tests / all checks")
     return 0
 
 

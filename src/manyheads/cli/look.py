@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,18 @@ from manyheads.common.errors import missing_extra, unknown
 from manyheads.mask import as_mask
 
 
-def show(text: str, queries: int, keys: int, tile: str, png: Path | None) -> int:
+MOST_CELLS = 512
+"""Cells in a row that are still drawn as text."""
+
+
+def show(text: str, queries: int, keys: int, tile: str | None, png: Path | None) -> int:
     """Draws a mask.
 
     Args:
         text: The mask.
         queries: Query tokens.
         keys: Key tokens.
-        tile: ``"128x128"``.
+        tile: Queries and keys in a cell of the drawing, ``"128x128"``; as many as fit by default.
         png: The file to draw into; the terminal if ``None``.
 
     Returns:
@@ -31,11 +36,13 @@ def show(text: str, queries: int, keys: int, tile: str, png: Path | None) -> int
         ImportError: Pictures need matplotlib.
     """
     mask = as_mask(text)
-    sides = numbers(tile, 2, "tile", "128x128")
-    if png is not None and importlib.util.find_spec("matplotlib") is None:
-        raise missing_extra("bench", "drawing a picture")
+    cell: dict[str, Any] = {"size": 32 if png is None else 256}
+    if tile is not None:
+        cell = {"tile": numbers(tile, 2, "tile", "128x128")}
+        if png is None and -(-keys // cell["tile"][1]) > MOST_CELLS:
+            raise ValueError(f"tile: more than {MOST_CELLS} cells of {tile} in a row do not fit; try --png")
     try:
-        drawn = mask.show(queries, keys, tile=(sides[0], sides[1]), png=png)
+        drawn = mask.show(queries, keys, png=png, **cell)
     except OSError as error:
         raise ValueError(f"png: cannot write {png}: {error.strerror or error}") from None
     print(drawn if png is None else png)

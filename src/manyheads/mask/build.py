@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from .base import resolve
+from .base import Mask, resolve
 from .cache import ByteCache
 from .evaluate import TileTable, has_keys, tile_ids
 from .layout import TileLayout, check_tile, from_runs
 from .pyramid import TiledSide, full_rows, refine
 from .runs import Array, Runs, assemble
-
-if TYPE_CHECKING:
-    from .base import Mask
 
 MAX_PAIRS = 1 << 34  # pairs that one build may look at
 MAX_TILES = 1 << 26  # partial tiles that one build may hold
@@ -65,6 +62,11 @@ def build(
         >>> len(layout.bits), layout.visited, round(layout.density, 4)
         (2, 33264, 0.0317)
     """
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask: expected a Mask, got {type(mask).__name__}; as_mask() reads text and tensors")
+    for name, n in (("nq", nq), ("nk", nk)):
+        if not isinstance(n, int) or n < 0:
+            raise ValueError(f"{name}: expected a number of tokens, got {n!r}")
     tile = check_tile(tile)
     real = _padding(key_padding, nk)
     if not cache:

@@ -465,7 +465,11 @@ def check_tile(tile: tuple[int, int]) -> tuple[int, int]:
     Raises:
         ValueError: If it is not two positive numbers.
     """
-    if len(tuple(tile)) != 2 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in tile):
+    if (
+        not isinstance(tile, (tuple, list))
+        or len(tile) != 2
+        or any(not isinstance(n, (int, np.integer)) or n < 1 for n in tile)
+    ):
         raise ValueError(f"tile: expected two positive ints (queries, keys), got {tile!r}")
     return int(tile[0]), int(tile[1])
 

@@ -73,8 +73,7 @@ class Neighborhood(Leaf):
         grid = grid_shape(shape)
         n = len(grid)
         window, stride, dilation = (
-            per_axis(x, n, what)
-            for x, what in ((window, "window"), (stride, "stride"), (dilation, "dilation"))
+            per_axis(x, n, what) for x, what in ((window, "window"), (stride, "stride"), (dilation, "dilation"))
         )
         flags = [causal] * n if isinstance(causal, (bool, np.bool_)) else list(causal)
         if len(flags) != n or not all(isinstance(c, (bool, np.bool_)) for c in flags):
@@ -85,9 +84,7 @@ class Neighborhood(Leaf):
             if s > w:
                 raise ValueError(f"stride: expected at most the window {window}, got {stride}")
             if w * d > length:
-                raise ValueError(
-                    f"window * dilation: expected at most the grid {grid}, got {window} * {dilation}"
-                )
+                raise ValueError(f"window * dilation: expected at most the grid {grid}, got {window} * {dilation}")
         _set(self, "grid", grid)
         _set(self, "window", window)
         _set(self, "stride", stride)
@@ -139,9 +136,7 @@ class Neighborhood(Leaf):
 class _Axis:
     """The rule on one axis, over up to three coordinates: residue class, window centre, own place."""
 
-    def __init__(
-        self, length: int, inner: int, window: int, stride: int, dilation: int, causal: bool
-    ) -> None:
+    def __init__(self, length: int, inner: int, window: int, stride: int, dilation: int, causal: bool) -> None:
         self.length, self.inner, self.window = length, inner, window
         self.stride, self.dilation, self.causal = stride, dilation, causal
         self.left = window // 2

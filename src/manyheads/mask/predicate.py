@@ -40,9 +40,7 @@ def _hold(fn: Callable[..., Any], token: str | None = None) -> _Held:
     if held is not None:
         return held
     if token is None:
-        name = "".join(c if c.isalnum() else "_" for c in getattr(fn, "__name__", type(fn).__name__)).strip(
-            "_"
-        )
+        name = "".join(c if c.isalnum() else "_" for c in getattr(fn, "__name__", type(fn).__name__)).strip("_")
         token = f"$fn:{name or 'function'}_{secrets.token_hex(4)}"
     held = _Held(token, fn)
     _alive[token] = held
@@ -147,9 +145,7 @@ class Predicate(Leaf):
         try:
             return np.broadcast_to(result.numpy(), wanted)
         except ValueError:
-            raise ValueError(
-                f"fn: expected shape {wanted} from {self.token}, got {tuple(result.shape)}"
-            ) from None
+            raise ValueError(f"fn: expected shape {wanted} from {self.token}, got {tuple(result.shape)}") from None
 
     def _classify(self, q: Box, k: Box) -> tuple[Any, Any]:
         return np.True_, np.False_

@@ -105,9 +105,7 @@ class Window(Leaf):
     left: int | None
     right: int | None
 
-    def __init__(
-        self, width: int | None = None, *, left: int | None = None, right: int | None = None
-    ) -> None:
+    def __init__(self, width: int | None = None, *, left: int | None = None, right: int | None = None) -> None:
         if width is not None:
             if left is not None or right is not None:
                 raise ValueError("window: give width alone, or left and right")
@@ -214,9 +212,7 @@ class Periodic(Leaf):
     offset: int
     of: str
 
-    def __init__(
-        self, stride: int, offset: int = 0, of: Literal["difference", "key", "query"] = "difference"
-    ) -> None:
+    def __init__(self, stride: int, offset: int = 0, of: Literal["difference", "key", "query"] = "difference") -> None:
         if of not in ("difference", "key", "query"):
             raise ValueError(f"of: expected 'difference', 'key' or 'query', got {of!r}")
         stride = whole(stride, "stride", 1)
@@ -279,9 +275,7 @@ class Block(Leaf):
         size = whole(size, "size", 1)
         leaves = inner.leaves()
         if any(leaf._sets_positions for leaf in leaves):
-            raise ValueError(
-                "block: documents with different query and key lengths cannot be lifted to blocks"
-            )
+            raise ValueError("block: documents with different query and key lengths cannot be lifted to blocks")
         prefix = f"block{size}/"
         _set(self, "inner", inner)
         _set(self, "size", size)

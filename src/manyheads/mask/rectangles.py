@@ -59,9 +59,7 @@ class Rectangles(Leaf):
             types = np.full(n, whole(types, "types"), dtype=np.int64)
         kinds = integers(types, "types", ndim=(1,))
         if len(k.array) != n or len(kinds.array) != n:
-            raise ValueError(
-                f"rectangles: expected equal lengths, got {n}, {len(k.array)} and {len(kinds.array)}"
-            )
+            raise ValueError(f"rectangles: expected equal lengths, got {n}, {len(k.array)} and {len(kinds.array)}")
         if n and int(kinds.array.max()) > BICAUSAL:
             raise ValueError(f"types: expected 0 to 3, got {int(kinds.array.max())}")
         data = {datum.digest: datum for datum in (q, k, kinds)}
@@ -107,9 +105,7 @@ class Rectangles(Leaf):
         k = self.k_ranges[:, 1] - self.k_ranges[:, 0]
         m = np.minimum(q, k)
         cut = m * (2 * k - m + 1) // 2
-        return np.select(
-            [self.types == FULL, self.types == BICAUSAL], [q * k, q * np.maximum(k - q + 1, 0)], cut
-        )
+        return np.select([self.types == FULL, self.types == BICAUSAL], [q * k, q * np.maximum(k - q + 1, 0)], cut)
 
     @property
     def _cuts(self) -> _Strips:

@@ -151,9 +151,10 @@ def pair_bits(a: Array, b: Array, id_a: Array, id_b: Array, tile: Size) -> tuple
     """Bitmaps of overlaid tiles: ids -1 (nothing left), 0 or new per pair of ids, and the new table."""
     table = TileTable(tile)
     ones = pack(np.ones((1, *tile), dtype=bool))
-    both = np.concatenate([ones, a])[id_a] & np.concatenate([ones, b])[id_b]
-    ids = table.add(both, np.full(len(both), -1))
-    ids[(id_a == 0) & (id_b == 0)] = 0
+    ids = np.zeros(len(id_a), dtype=np.int64)
+    at = np.flatnonzero((id_a > 0) | (id_b > 0))
+    both = np.concatenate([ones, a])[id_a[at]] & np.concatenate([ones, b])[id_b[at]]
+    ids[at] = table.add(both, np.full(len(at), -1))
     return ids, table.stack()
 
 

@@ -14,7 +14,7 @@ from .primitives import Causal, Window
 from .store import whole
 
 _EXACT = 64
-_PROBES = 8
+_PROBES = 32
 _FRONT = 4096
 _SHADES = "·░▒▓█"
 
@@ -34,8 +34,7 @@ class _Sides(NamedTuple):
         edges = np.stack([start, np.minimum(start + width, n)], 1).reshape(-1)
         cut = edges[:-1] if edges[-1] == n else edges
         return {
-            name: (np.minimum.reduceat(a, cut)[::2], np.maximum.reduceat(a, cut)[::2])
-            for name, a in record.items()
+            name: (np.minimum.reduceat(a, cut)[::2], np.maximum.reduceat(a, cut)[::2]) for name, a in record.items()
         }
 
 
@@ -157,7 +156,7 @@ def _probe(start: int, width: int, salt: int) -> tuple[np.ndarray, bool]:
     """Tokens of a cell to look at: all of a small one, otherwise one at random in each of equal parts."""
     if width <= _EXACT:
         return np.arange(start, start + width), True
-    cuts = np.linspace(0, width, _PROBES * 4 + 1).astype(np.int64)
+    cuts = np.linspace(0, width, _PROBES + 1).astype(np.int64)
     rng = np.random.default_rng(salt)
     return start + rng.integers(cuts[:-1], cuts[1:]), False
 

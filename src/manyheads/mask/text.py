@@ -17,9 +17,7 @@ _KEPT = 1024
 _KEPT_BYTES = 2**26
 _parsed: OrderedDict[Any, Mask] = OrderedDict()
 _held_bytes = 0
-_TOKEN = re.compile(
-    r"\s*(?:(\d+)|(\$fn:\w+|\$\d+)|([A-Za-z_]\w*)|('[^']*'|\"[^\"]*\")|([-&|~()\[\],=])|(<[^>]*>))"
-)
+_TOKEN = re.compile(r"\s*(?:(\d+)|(\$fn:\w+|\$\d+)|([A-Za-z_]\w*)|('[^']*'|\"[^\"]*\")|([-&|~()\[\],=])|(<[^>]*>))")
 _CONSTANTS = {"True": True, "False": False, "None": None}
 
 

@@ -86,6 +86,7 @@ SPEC = Spec(
     reference=reference,
     paper="Vaswani et al., Attention Is All You Need, arXiv 1706.03762",
     inputs=qkv(mask=lambda size: "causal" if size.causal else None),
+    hf_name="manyheads_exact",
     backends=("reference", "blocked", "sdpa"),
     supports={
         "noncausal_self",

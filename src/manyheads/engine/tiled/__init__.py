@@ -25,7 +25,6 @@ __all__ = [
     "Relative",
     "Term",
     "WEIGHTS",
-    "default_tile",
     "refuse",
     "tiled",
 ]
@@ -129,30 +128,14 @@ def tiled(
         _seed(seed) if dropout_p else None,
         float(skip_threshold or 0.0),
         weight,
-        tile or (_SKIP_TILE if skip_threshold else default_tile(q.shape[2], k.shape[2])),
+        tile or (_SKIP_TILE if skip_threshold else _ANY_TILE),
         _backend(backend),
     )
     return Attn(out, lse) if return_lse else out
 
 
 _SKIP_TILE = (128, 128)
-
-
-def default_tile(nq: int, nk: int) -> tuple[int, int]:
-    """The tile that the blocked backend prefers for a call, in tokens.
-
-    Args:
-        nq: Queries.
-        nk: Keys.
-
-    Returns:
-        ``(BM, BN)``.
-
-    Example:
-        >>> default_tile(4096, 4096)
-        (256, 64)
-    """
-    return (256 if nq > 128 else 64 if nq > 16 else max(1, nq)), 64
+_ANY_TILE = (0, 0)  # the backend chooses
 
 
 def refuse(backend: str, device: str) -> list[str]:

@@ -20,6 +20,7 @@ from ...mask.layout import TileLayout
 from ...mask.text import parse
 from . import bias as biases
 from . import blocked, reference
+from .plan import cheapest
 from .problem import Grads, Problem
 from .weight import weight_named
 
@@ -56,7 +57,9 @@ def _problem(
     tile: Sequence[int],
     backend: str,
 ) -> Problem:
-    layout = _layout(mask, mask_data, q, k, (q_pos, k_pos), key_padding, (tile[0], tile[1]))
+    positions = None if q_pos is None or k_pos is None else (q_pos, k_pos)
+    size = (tile[0], tile[1]) if tile[0] else None
+    layout = layout_for(_value(mask, mask_data), q, k, positions, key_padding, size)
     terms = biases.unflatten(bias, bias_data)
     qp, kp = _positions(layout, q.device) if terms or dropout_p else (_NONE, _NONE)
     return Problem(
@@ -211,29 +214,34 @@ def _value(text: str, data: Sequence[Tensor]) -> Mask | TileLayout:
     return value
 
 
-def _layout(
-    text: str,
-    data: Sequence[Tensor],
+def layout_for(
+    mask: Mask | TileLayout,
     q: Tensor,
     k: Tensor,
-    positions: tuple[Tensor | None, Tensor | None],
-    key_padding: Tensor | None,
-    tile: tuple[int, int],
+    positions: tuple[Tensor, Tensor] | None = None,
+    key_padding: Tensor | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> TileLayout:
-    value = _value(text, data)
-    if isinstance(value, TileLayout):
-        return value
-    given = None if positions[0] is None else positions
-    return build(
-        value,
-        q.shape[2],
-        k.shape[2],
-        tile=tile,
-        positions=given,
-        key_padding=key_padding,
-        batch=q.shape[0],
-        heads=q.shape[1],
-    )
+    """The layout that a call visits; with no tile given, the cheapest of some sizes.
+
+    Args:
+        mask: A mask, or a layout, which is returned as it is.
+        q, k: The call's queries and keys; only their shapes are read.
+        positions: Logical positions, or None for the mask's default.
+        key_padding: bool ``(B, Nk)``, True for real keys.
+        tile: Queries and keys per tile, or None for the engine's choice.
+
+    Returns:
+        The layout, from a cache when it was built before.
+    """
+    if isinstance(mask, TileLayout):
+        return mask
+    (batch, heads, nq, _), nk = q.shape, k.shape[2]
+
+    def made(size: tuple[int, int]) -> TileLayout:
+        return build(mask, nq, nk, tile=size, positions=positions, key_padding=key_padding, batch=batch, heads=heads)
+
+    return made(tile) if tile is not None else cheapest(made, nq)
 
 
 def _positions(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,180 @@
+"""Other forms of a layout: transposed, retiled, restricted, chosen ids, text and tensors, pickles."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manyheads.mask import Causal, Document, PerHead, Periodic, TileLayout, Window
+from manyheads.mask.build import build
+from tests.mask.layout_cases import random_call, random_mask
+
+SEEDS = st.integers(0, 1 << 40)
+SIZES = st.sampled_from([1, 2, 5, 8, 16, 24, 48, 64, 128])
+
+
+@given(SEEDS)
+def test_transpose_is_the_transpose(seed):
+    layout = random_call(seed).layout()
+    turned = layout.transpose()
+    assert torch.equal(turned.dense(), layout.dense().mT)
+    assert (turned.pairs, turned.visited, turned.tile) == (layout.pairs, layout.visited, layout.tile[::-1])
+    assert [p.tolist() for p in turned.positions] == [p.tolist() for p in layout.positions[::-1]]
+
+
+def test_transpose_is_kept_and_leads_back():
+    layout = Causal().tiles(100, tile=(16, 8))
+    assert layout.transpose() is layout.transpose()
+    assert layout.transpose().transpose() is layout
+
+
+def test_transpose_touches_only_changes():
+    layout = (Causal() & Window(512)).tiles(1 << 16, tile=(64, 64))
+    assert len(layout.transpose().first) == len(layout.first)
+    assert len(layout.transpose().bits) == len(layout.bits) == 2
+
+
+@given(SEEDS, SIZES, SIZES)
+def test_retile_equals_building_with_that_tile(seed, bm, bn):
+    call = random_call(seed)
+    layout = call.layout()
+    other, built = layout.retile((bm, bn)), call.layout(tile=(bm, bn))
+    assert other.tile == (bm, bn)
+    assert torch.equal(other.dense(), layout.dense())
+    assert (other.visited, len(other.bits), len(other.first)) == (built.visited, len(built.bits), len(built.first))
+
+
+def test_retile_of_a_long_layout_stays_small():
+    layout = (Causal() & Window(4096)).tiles(1 << 18)
+    coarse, fine = layout.retile((256, 512)), layout.retile((64, 64))
+    assert coarse.pairs == fine.pairs == layout.pairs
+    assert len(fine.bits) == 2 and len(coarse.bits) <= 8
+
+
+def test_retile_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="tile: expected two positive ints"):
+        Causal().tiles(8).retile((0, 1))
+    layout = (Causal() & Periodic(3)).tiles(1 << 16)
+    with pytest.raises(ValueError, match="use larger tiles"):
+        layout.retile((1, 1))
+
+
+@given(SEEDS)
+def test_and_with_a_mask_keeps_what_both_show(seed):
+    call = random_call(seed)
+    layout = call.layout()
+    most = call.nq if call.positions is None else int(max(p.max() for p in call.positions)) + 1
+    other = random_mask(random.Random(seed + 1), most)
+    if "document" in other.text or call.positions is None or "block_map" not in other.text:
+        both = layout & other
+        want = layout.dense() & other.dense(call.nq, call.nk, positions=call.positions)
+        assert torch.equal(both.dense().expand_as(want), want)
+        assert set(both.mask_id.tolist()) - {0} == set(range(1, len(both.bits) + 1))
+
+
+def chosen(seed, nq, nk, tile, batch=2, heads=3):
+    """Random ids, counts, and what they show."""
+    g = torch.Generator().manual_seed(seed)
+    tq, tk = -(-nq // tile[0]), -(-nk // tile[1])
+    ids = torch.rand(batch, heads, tq, tk, generator=g).argsort(-1)[..., : max(1, tk // 2)]
+    counts = torch.randint(0, ids.shape[-1] + 1, (batch, heads, tq), generator=g)
+    shown = torch.zeros(batch, heads, tq, tk + 1, dtype=torch.bool)
+    keep = torch.arange(ids.shape[-1]) < counts[..., None]
+    shown.scatter_(-1, torch.where(keep, ids, tk), True)
+    plane = shown[..., :tk].repeat_interleave(tile[0], 2).repeat_interleave(tile[1], 3)
+    return ids, counts, plane[:, :, :nq, :nk]
+
+
+@pytest.mark.parametrize(("nq", "nk", "tile"), [(37, 37, (8, 8)), (5, 61, (1, 16)), (64, 40, (16, 12))])
+def test_chosen_ids_round_trip(nq, nk, tile):
+    ids, counts, want = chosen(1, nq, nk, tile)
+    layout = TileLayout.from_ids(ids, counts, nq=nq, nk=nk, tile=tile)
+    assert torch.equal(layout.dense(), want)
+    assert layout.pairs == int(want.sum())
+    assert torch.equal(layout.to_runs().dense(), want) and layout.to_runs().ids is None
+    assert torch.equal(layout.transpose().dense(), want.mT)
+    assert torch.equal(layout.retile((4, 24)).dense(), want)
+    assert torch.equal(layout.ids_count, counts.to(torch.int32))
+    assert layout.spans(4) == layout.to_runs().spans(4)
+
+
+@given(SEEDS)
+def test_ids_and_masks_are_exact_and_stay_padded(seed):
+    r = random.Random(seed)
+    n, tile = r.randint(1, 60), (r.choice([1, 4, 8]), r.choice([4, 8, 16]))
+    ids, counts, want = chosen(seed, n, n, tile)
+    first, second = random_mask(r, n), PerHead([random_mask(r, n) for _ in range(3)])
+    layout = TileLayout.from_ids(ids, counts, nq=n, nk=n, tile=tile, mask=first)
+    assert torch.equal(layout.dense(), want & first.dense(n))
+    both = layout & second
+    want = want & first.dense(n) & second.dense(n)
+    assert torch.equal(both.dense(), want) and both.pairs == int(want.sum())
+    assert both.ids.shape == ids.shape
+    slot = torch.arange(ids.shape[-1])
+    assert torch.equal(both.ids >= 0, slot < both.ids_count[..., None])
+
+
+def test_ids_take_negative_padding_anywhere_and_one_tile_size():
+    ids = torch.tensor([[[[-1, 2, -5, 0], [1, -1, -1, -1]]]])
+    layout = TileLayout.from_ids(ids, nq=5, nk=10, tile=4)
+    assert layout.ids.tolist() == [[[[2, 0, -1, -1], [1, -1, -1, -1]]]]
+    assert layout.ids_count.tolist() == [[[2, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "counts", "message"),
+    [
+        (torch.zeros(1, 1, 2, 3), None, "ids: expected integers"),
+        (torch.zeros(1, 1, 3, 3, dtype=torch.long), None, r"ids: expected integers \(B, H, 2, kmax\)"),
+        (torch.tensor([[[[3], [0]]]]), None, "ids: expected key tiles 0 to 2, got 3"),
+        (torch.tensor([[[[1, 0, 1], [0, 1, 2]]]]), None, "ids: a key tile is chosen twice"),
+        (torch.tensor([[[[1], [0]]]]), torch.ones(2, dtype=torch.long), "counts: expected shape"),
+    ],
+)
+def test_ids_are_checked(ids, counts, message):
+    with pytest.raises(ValueError, match=message):
+        TileLayout.from_ids(ids, counts, nq=8, nk=12, tile=4)
+
+
+@given(SEEDS)
+def test_text_and_tensors_round_trip(seed):
+    call = random_call(seed)
+    for layout in (call.layout(), TileLayout.from_ids(*chosen(seed, 20, 20, (4, 4))[:2], nq=20, nk=20, tile=4)):
+        text, data = layout.flatten()
+        copied = TileLayout.unflatten(text, [t.clone() for t in data])
+        assert torch.equal(copied.dense(), layout.dense())
+        assert (copied.pairs, copied.nbytes, copied.tile) == (layout.pairs, layout.nbytes, layout.tile)
+        assert TileLayout.unflatten(text, data) is layout
+
+
+def test_flat_text_holds_no_sizes_and_old_memory_is_not_mistaken():
+    texts = {Causal().tiles(n, tile=(16, 16)).flatten()[0] for n in (33, 100, 1000)}
+    assert len(texts) == 1
+    for n in range(20, 60):
+        layout = build(Causal() & Window(n), n, n, tile=(16, 16), cache=False)
+        text, data = layout.flatten()
+        want = layout.pairs
+        del layout
+        assert TileLayout.unflatten(text, data).pairs == want
+
+
+def test_unflatten_refuses_what_flatten_did_not_make():
+    text, data = Causal().tiles(8).flatten()
+    with pytest.raises(ValueError, match="text: expected"):
+        TileLayout.unflatten("causal", data)
+    with pytest.raises(ValueError, match="text: expected"):
+        TileLayout.unflatten(text, data[:-1])
+
+
+def test_pickles_and_copies_show_the_same():
+    layout = (Causal() & Document([40, 60])).tiles(100, tile=(16, 16))
+    layout.transpose(), layout.spans(0), layout.pairs, layout.flatten()
+    for twin in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout), layout.to("cpu")):
+        assert torch.equal(twin.dense(), layout.dense())
+        assert torch.equal(twin.transpose().dense(), layout.dense().mT)
