@@ -127,8 +127,8 @@ def attention(
         UnsupportedError: When a named backend cannot take the call, with every reason.
 
     Conventions:
-        ``Causal`` is bottom-right aligned when ``Nq != Nk``; ``Window(W)`` counts the query itself; scores and statistics
-        are float32 whatever the input dtype.
+        ``Causal`` is bottom-right aligned when ``Nq != Nk``; ``Window(W)`` counts the query itself; scores and
+        statistics are float32 whatever the input dtype.
 
     Example:
         >>> import manyheads as mh

@@ -15,7 +15,8 @@ from .common.errors import UnsupportedError, unknown
 from .engine.result import Attn
 from .engine.tiled import Bias, Term, flash, products
 from .engine.tiled.op import layout_for
-from .mask import Causal, Full, Mask, as_mask, later_key
+from .mask import Causal, Full, Mask, as_mask
+from .mask.show import later_warning
 
 BACKENDS = ("sdpa", "blocked", "reference")
 """Every backend, in the order in which ``auto`` asks them."""
@@ -115,7 +116,8 @@ def explain(
     if taken == "blocked" and q.device.type == "cpu":
         fused = call.plain and products.fused_wins(q.dtype)
         notes.append("pieces go to torch's fused kernel" if fused else "pieces go to separate products and passes")
-    notes.extend(_sees_later(call, positions))
+    surprise = later_warning(call.mask, q.shape[2], k.shape[2], positions=positions)
+    notes.extend([] if surprise is None else [surprise])
     return Explanation(taken, refusals, tuple(notes))
 
 
@@ -217,13 +219,6 @@ def _slower(call: Call) -> list[str]:
 
 
 _PROBE_PAIRS = 1 << 22
-
-
-def _sees_later(call: Call, positions: Positions | None) -> list[str]:
-    if not any(isinstance(leaf, Causal) for leaf in call.mask.leaves()):
-        return []
-    found = later_key(call.mask, call.q.shape[2], call.k.shape[2], positions=positions)
-    return [] if found is None else [f"the mask contains causal, yet query {found[0]} sees the later key {found[1]}"]
 
 
 # --- delegation -------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import torch
 
 from manyheads import ALiBi, Causal, Document, Full, Pair, PerBlock, PerHead, PerKey, Prefix, Relative, Window
 from manyheads.common.errors import UnsupportedError
-from manyheads.engine.tiled import WEIGHTS, passes, products, tiled
+from manyheads.engine.tiled import WEIGHTS, passes, pieces, products, tiled
 from manyheads.engine.tiled.dropout import keep
+from manyheads.engine.tiled.plan import plan_of
 from manyheads.testing import assert_within_budget
 
 B, H, HKV, NQ, NK = 2, 6, 2, 70, 130
@@ -190,6 +191,35 @@ def test_many_small_chunks_agree_with_one(dtype, generator, monkeypatch):
     monkeypatch.setattr(products, "fused_wins", lambda dtype: False)
     monkeypatch.setattr(passes, "_CHUNK", 2000)
     check(make(generator), Causal(), dtype, tile=(16, 16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_tall_shared_pieces_agree_with_one_call_a_row(mask, dtype, generator, monkeypatch):
+    monkeypatch.setattr(products, "fused_wins", lambda dtype: True)
+    for name in ("_TALL", "_SHARED", "_SPLIT"):
+        monkeypatch.setattr(pieces, name, 32 if name == "_TALL" else 16)
+    check(make(generator), mask, dtype, tile=(8, 16))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_pieces_hold_every_visible_pair_once(mask, monkeypatch):
+    for name in ("_TALL", "_SHARED", "_SPLIT"):
+        monkeypatch.setattr(pieces, name, 32 if name == "_TALL" else 16)
+    layout = mask.tiles(NQ, NK, tile=(8, 16), batch=B, heads=H)
+    plan = plan_of(layout)
+    seen = torch.zeros(len(plan.rows), NQ, NK, dtype=torch.int64)
+    for row_set in range(len(plan.rows)):
+        started: set[int] = set()
+        for piece in pieces.pieces_of(plan, row_set):
+            assert piece.first == (piece.q0 not in started)
+            started.update(range(piece.q0, piece.q1))
+            additive = plan.pattern(piece.segments, piece.q1 - piece.q0, torch.float32)[0]
+            at = 0
+            for k0, k1, _ in piece.segments:
+                seen[row_set, piece.q0 : piece.q1, k0:k1] += additive[:, at : at + k1 - k0] == 0
+                at += k1 - k0
+    assert torch.equal(seen[layout.index.long()], layout.dense().long())
 
 
 def test_gradcheck_in_float64(way):

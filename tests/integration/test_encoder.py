@@ -53,9 +53,7 @@ def test_embeddings_are_those_of_each_document_alone(family, pool):
     enable(model)
     for algorithm in ALGORITHMS:
         for tokens in (1, 40, 10_000):
-            found = encode_packed(
-                model, sequences(), packing=algorithm, tokens=tokens, pool=pool, normalize=False
-            )
+            found = encode_packed(model, sequences(), packing=algorithm, tokens=tokens, pool=pool, normalize=False)
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     found = encode_packed(model, sequences(), pool=pool)
     torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), rtol=1e-9, atol=1e-11)

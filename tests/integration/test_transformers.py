@@ -54,7 +54,8 @@ def decoder(name: str, implementation: str = "eager", **more) -> nn.Module:
 
 def encoder(implementation: str = "sdpa") -> nn.Module:
     torch.manual_seed(4)
-    return transformers.BertModel(transformers.BertConfig(**ENCODER, attn_implementation=implementation)).double().eval()
+    config = transformers.BertConfig(**ENCODER, attn_implementation=implementation)
+    return transformers.BertModel(config).double().eval()
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -170,9 +171,7 @@ def test_packed_encoders_keep_documents_apart_and_train_the_same():
     enable(model)
     with documents(lengths):
         announced = model(torch.cat(ids, 1), position_ids=places).last_hidden_state
-    passed = model(
-        torch.cat(ids, 1), position_ids=places, cu_seq_lens_q=starts, cu_seq_lens_k=starts
-    ).last_hidden_state
+    passed = model(torch.cat(ids, 1), position_ids=places, cu_seq_lens_q=starts, cu_seq_lens_k=starts).last_hidden_state
     torch.testing.assert_close(announced, alone, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(passed, alone, rtol=1e-9, atol=1e-11)
     model.zero_grad()

@@ -178,3 +178,29 @@ def test_pickles_and_copies_show_the_same():
     for twin in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout), layout.to("cpu")):
         assert torch.equal(twin.dense(), layout.dense())
         assert torch.equal(twin.transpose().dense(), layout.dense().mT)
+
+
+def test_shared_ids_spread_over_heads_when_a_mask_differs():
+    ids = torch.tensor([[[[0, 1], [1, 2], [0, 2]]]])
+    shared = TileLayout.from_ids(ids, nq=12, nk=12, tile=4, batch=2, heads=3)
+    assert shared.pairs == 6 * 6 * 16
+    mask = PerHead([Causal(), Window(2), Window(5)])
+    both = shared & mask
+    assert torch.equal(both.dense(), shared.dense() & mask.dense(12))
+    assert both.pairs == 2 * int(both.dense().sum())
+    with pytest.raises(ValueError, match="heads: expected 3 as in ids, got 4"):
+        TileLayout.from_ids(ids.expand(1, 3, -1, -1), nq=12, nk=12, tile=4, heads=4)
+
+
+def test_many_bitmaps_on_both_sides_are_combined_only_where_they_meet():
+    n = 600
+    first, second = (Document([size] * (n // size)) & Periodic(7) for size in (5, 6))
+    ids = torch.arange(75).expand(1, 1, 75, 75)
+    layout = TileLayout.from_ids(ids, nq=n, nk=n, tile=8, mask=first | Periodic(11)) & (second | Causal())
+    want = (first | Periodic(11)).dense(n) & (second | Causal()).dense(n)
+    assert torch.equal(layout.dense(), want)
+
+
+def test_repr_is_one_line_of_sizes():
+    layout = Causal().tiles(256, tile=(64, 64))
+    assert repr(layout) == "TileLayout(256 x 256 in tiles of 64 x 64, 1 row sets, 7 runs, 1 bitmaps)"

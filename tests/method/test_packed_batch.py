@@ -22,7 +22,7 @@ class Encoder(nn.Module):
         self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CAPACITY, WIDTH)
         self.project = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
         self.mix = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.feed = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 20), nn.GELU(), nn.Linear(20, WIDTH)) for _ in range(2))
+        self.feed = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 20), nn.GELU(), nn.Linear(20, WIDTH)) for _ in "ab")
         self.norm = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(4))
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
@@ -67,7 +67,8 @@ def alone(encoder: Encoder, tokens: list[list[int]]) -> list[tuple[Tensor, Tenso
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="none").view(labels.shape)
+    losses = cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(labels.shape)
 
 
 def gradients(encoder: Encoder, loss: Tensor) -> dict[str, Tensor]:
@@ -136,10 +137,11 @@ def test_the_three_forms_of_the_mask_agree(data, end_to_end):
     batch = collate(tokens, greedy(LENGTHS, CAPACITY), end_to_end=end_to_end)
     rows, size = batch.input_ids.shape
     assert torch.equal(batch.mask().dense(size), batch.dense())
+    assert batch.cu_seqlens().dtype == torch.int32
     starts = batch.cu_seqlens().long()
     flat = torch.searchsorted(starts, torch.arange(rows * size), right=True).view(rows, size)
     assert torch.equal(flat[:, None, :, None] == flat[:, None, None, :], batch.dense())
-    assert starts.dtype == torch.int64 and int(starts[-1]) == rows * size
+    assert int(starts[-1]) == rows * size
 
 
 def test_end_to_end_wastes_nothing(data):

@@ -87,7 +87,10 @@ class Worker:
     def __init__(self) -> None:
         """Starts the process."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "manyheads.bench.memory"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "manyheads.bench.memory"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
 
     def ask(self, function: str, *args: Any) -> Any:

@@ -62,7 +62,7 @@ def encoder_case(dtype: str, options: Options, *, documents: int = 512, seed: in
         between embeddings of the same document here and in the float32 model on padded batches.
     """
     name = f"encoder-{documents}-{dtype}" + ("" if seed is None else f"-seed-{seed}")
-    who = options.chosen(PROVIDERS)
+    who = tuple(provider for provider in options.chosen(PROVIDERS) if provider in PROVIDERS) or PROVIDERS
     fewest = ROUNDS[options.level][0]
     seconds = documents / 512 * (55.0 if dtype == "float32" else 25.0) * (fewest + 1)
     return Case("packing", name, lambda context: _run(context, name, dtype, documents, seed, who), seconds, tuple(who))

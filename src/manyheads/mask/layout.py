@@ -11,36 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from . import flat, inside, retiling
 from . import ids as padded
-from . import retiling
 from .evaluate import pack, unpack
-from .runs import Runs, lookup, transpose
+from .runs import Runs, transpose
 
 if TYPE_CHECKING:
     from .base import Mask
-
-MAX_DENSE = 1 << 34
-FIELDS = (
-    "index",
-    "rows",
-    "first",
-    "count",
-    "mask_id",
-    "bits",
-    "q_pos",
-    "k_pos",
-    "ids",
-    "ids_count",
-    "ids_mask",
-)
-_live: weakref.WeakValueDictionary[tuple[int, ...], TileLayout] = weakref.WeakValueDictionary()
 
 
 def _empty() -> torch.Tensor:
     return torch.zeros(0, dtype=torch.int32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TileLayout:
     """Which tiles of the (query, key) plane to visit, and which pairs of each are visible.
 
@@ -96,6 +80,12 @@ class TileLayout:
     heads: int = 1
     cost_note: str | None = None
 
+    def __repr__(self) -> str:
+        """One line of sizes."""
+        size = f"{self.nq} x {self.nk} in tiles of {self.tile[0]} x {self.tile[1]}"
+        rows = f"{len(self.first)} runs" if self.ids is None else f"ids {tuple(self.ids.shape)}"
+        return f"TileLayout({size}, {self.sets} row sets, {rows}, {len(self.bits)} bitmaps)"
+
     # Sizes and counts
 
     @property
@@ -114,20 +104,7 @@ class TileLayout:
         if self.ids is not None:
             runs = self.to_runs()
             return runs._counts
-        rows = self.runs
-        n_rows = self.grid[0]
-        height = np.minimum(self.nq - np.arange(n_rows) * self.tile[0], self.tile[0])
-        wide = np.minimum((rows.first + rows.count) * self.tile[1], self.nk) - rows.first * self.tile[1]
-        bits = np.bitwise_count(self.bits.numpy()).sum((1, 2), dtype=np.int64)
-        area = np.append(0, bits)[rows.id] * rows.count
-        row = rows.row
-        area = np.where(rows.id == 0, wide * height[row % n_rows] if n_rows else wide, area)
-        owner = row // max(n_rows, 1)
-        uses = np.bincount(self.index.reshape(-1).numpy(), minlength=self.sets)
-        share = self.batch * self.heads // max(self.index.numel(), 1)
-        pairs = _sum_by(owner, area, self.sets)
-        visited = _sum_by(owner, rows.count, self.sets)
-        return int(pairs @ uses) * share, int(visited @ uses) * share
+        return inside.counts(self)
 
     @property
     def pairs(self) -> int:
@@ -168,7 +145,8 @@ class TileLayout:
     def held_bytes(self) -> int:
         """Bytes kept alive, with room for the transpose."""
         lists = 160 * len(self.first) if "_spans" in self.__dict__ else 0
-        return 2 * self.nbytes + lists
+        explicit = 8 * (self.nq + self.nk) if self.nq != self.nk else 0
+        return 2 * self.nbytes + explicit + lists
 
     @property
     def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,22 +202,7 @@ class TileLayout:
         Raises:
             ValueError: Beyond 2^34 pairs.
         """
-        size = self.index.numel() * self.nq * self.nk
-        if size > MAX_DENSE:
-            raise ValueError(f"dense: {size} pairs would not fit; expected at most {MAX_DENSE}")
-        (tq, tk), (bm, bn) = self.grid, self.tile
-        masks = [
-            np.ones((1, bm, bn), dtype=bool),
-            unpack(self.bits.cpu().numpy(), bn),
-            np.zeros((1, bm, bn), dtype=bool),
-        ]
-        table = np.concatenate(masks)
-        out = np.empty((self.sets, self.nq, self.nk), dtype=bool)
-        for s in range(self.sets):
-            row, column = np.indices((tq, tk))
-            plane = table[lookup(self.runs, s * tq + row, column)]
-            out[s] = plane.transpose(0, 2, 1, 3).reshape(tq * bm, tk * bn)[: self.nq, : self.nk]
-        return torch.from_numpy(out)[self.index.cpu().long()]
+        return inside.dense(self)
 
     # Other forms of the same layout
 
@@ -280,13 +243,7 @@ class TileLayout:
             return self
         if self.ids is not None:
             return self.to_runs().retile(tile)
-        fine = (math.gcd(self.tile[0], tile[0]), math.gcd(self.tile[1], tile[1]))
-        out = self
-        for step, act in ((fine, retiling.split), (tile, retiling.merge)):
-            if step != out.tile:
-                runs, bits = act(out.runs, out.sets, out.bits.numpy(), (self.nq, self.nk), out.tile, step)
-                out = from_runs(replace(out, tile=step), runs, bits)
-        return out
+        return retiling.retile(self, tile)
 
     def to_runs(self) -> TileLayout:
         """The same layout in runs storage; itself when it already is."""
@@ -336,17 +293,21 @@ class TileLayout:
         tile: int | tuple[int, int],
         mask: Mask | None = None,
         positions: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+        batch: int | None = None,
+        heads: int | None = None,
     ) -> TileLayout:
         """Makes a layout from chosen key tiles, wherever they are, without waiting for the device.
 
         Args:
-            ids: Integers ``(B, H, Tq, kmax)``: key tiles of each query tile in any order, negative for none.
-            counts: Integers ``(B, H, Tq)``: how many ids of a row count; all that are >= 0 by default.
+            ids: Integers ``(B|1, H|1, Tq, kmax)``: key tiles per query tile in any order, negative for none.
+            counts: Integers like ``ids`` without ``kmax``: how many ids of a row count; all that are >= 0 by default.
             nq: Queries.
             nk: Keys.
             tile: ``(BM, BN)``, or one number for both.
             mask: What else must hold, exactly.
             positions: ``(q_pos, k_pos)`` as for the mask.
+            batch: Batch entries of the call, for counts, when the ids are shared by them.
+            heads: Query heads of the call, likewise.
 
         Raises:
             ValueError: A wrong shape; on the CPU also an id out of range or twice in a row (elsewhere these
@@ -359,20 +320,23 @@ class TileLayout:
         """
         size = check_tile((tile, tile) if isinstance(tile, int) else tile)
         ids, ids_count = padded.check(ids, counts, (-(-nq // size[0]), -(-nk // size[1])))
-        batch, heads = ids.shape[:2]
+        own = ids.shape[:2]
+        for name, n, n_own in (("batch", batch, own[0]), ("heads", heads, own[1])):
+            if n is not None and n_own not in (1, n):
+                raise ValueError(f"{name}: expected {n_own} as in ids, got {n}")
         q_pos, k_pos = positions if positions is not None else (None, None)
         layout = cls(
             nq=nq,
             nk=nk,
             tile=size,
-            index=torch.arange(batch * heads, dtype=torch.int32).reshape(batch, heads),
+            index=torch.arange(own.numel(), dtype=torch.int32).reshape(own),
             bits=torch.zeros((0, size[0], -(-size[1] // 8)), dtype=torch.uint8),
             q_pos=q_pos,
             k_pos=k_pos,
             ids=ids,
             ids_count=ids_count,
-            batch=batch,
-            heads=heads,
+            batch=batch or own[0],
+            heads=heads or own[1],
         )
         return layout if mask is None else layout & mask
 
@@ -404,7 +368,7 @@ class TileLayout:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in flat.FIELDS if getattr(self, name) is not None}
 
     def flatten(self) -> tuple[str, tuple[torch.Tensor, ...]]:
         """The layout as ``(text, tensors)``: the text holds no size, so that a new length compiles nothing.
@@ -412,14 +376,7 @@ class TileLayout:
         Returns:
             What `unflatten` takes: one int64 tensor of sizes, then the layout's own tensors, not copies.
         """
-        known = self.__dict__.get("_flat")
-        if known is None:
-            tensors = self._tensors()
-            sizes = torch.tensor([self.nq, self.nk, *self.tile, self.batch, self.heads], dtype=torch.int64)
-            known = f"layout({', '.join(tensors)})", (sizes, *tensors.values())
-            self.__dict__["_flat"] = known
-            _live[_identity(known[1])] = self
-        return known
+        return flat.flatten(self)
 
     @classmethod
     def unflatten(cls, text: str, data: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> TileLayout:
@@ -428,15 +385,7 @@ class TileLayout:
         Raises:
             ValueError: If text and tensors do not belong together.
         """
-        names = text.removeprefix("layout(").removesuffix(")").split(", ")
-        if not text.startswith("layout(") or len(data) != len(names) + 1 or not set(names) <= set(FIELDS):
-            raise ValueError(f"text: expected 'layout(field, ...)' with {len(data) - 1} fields, got {text!r}")
-        found = _live.get(_identity(data))
-        if found is not None and _same_memory(found.flatten()[1], data):
-            return found
-        nq, nk, bm, bn, batch, heads = data[0].tolist()
-        tensors: dict[str, Any] = dict(zip(names, data[1:], strict=True))
-        return cls(nq=nq, nk=nk, tile=(bm, bn), batch=batch, heads=heads, **tensors)
+        return flat.unflatten(text, data)
 
 
 def from_runs(like: TileLayout, runs: Runs, bits: np.ndarray) -> TileLayout:
@@ -474,19 +423,5 @@ def check_tile(tile: tuple[int, int]) -> tuple[int, int]:
     return int(tile[0]), int(tile[1])
 
 
-def _sum_by(owner: np.ndarray, value: np.ndarray, n: int) -> np.ndarray:
-    total = np.zeros(n, dtype=np.int64)
-    np.add.at(total, owner, value)
-    return total
-
-
 def _parts(bits: np.ndarray, step: int = 1024) -> list[np.ndarray]:
     return [bits[lo : lo + step] for lo in range(0, len(bits), step)]
-
-
-def _identity(tensors: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for t in tensors)
-
-
-def _same_memory(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(x.shape == y.shape and x.dtype == y.dtype for x, y in zip(a, b, strict=True))

@@ -147,9 +147,7 @@ def classify(mask: Mask, q: TiledSide, k: TiledSide, level: int, i: Array, j: Ar
     return may, must
 
 
-def refine(
-    mask: Mask, q: TiledSide, k: TiledSide, limit: int
-) -> tuple[list[tuple[int, Array, Array]], Array, Array]:
+def refine(mask: Mask, q: TiledSide, k: TiledSide, limit: int) -> tuple[list[tuple[int, Array, Array]], Array, Array]:
     """Sorts all tile pairs, splitting only boxes that are PARTIAL.
 
     Args:

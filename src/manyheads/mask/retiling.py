@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .evaluate import TileTable, pack, unique_rows, unpack
+from .evaluate import TileTable, pack, unpack
 from .runs import MAX_RUNS, Array, Runs, assemble, expand, group_candidates, intersect, lookup
+from .tilekeys import unique_rows
 
 if TYPE_CHECKING:
     from .layout import TileLayout
 
 CELLS = 1 << 22  # looked-up fine tiles in memory together
 Size = tuple[int, int]
+
+
+def retile(layout: TileLayout, tile: Size) -> TileLayout:
+    """The same pairs in tiles of another size: split to the greatest common divisor, then merged."""
+    from .layout import from_runs
+
+    fine = (math.gcd(layout.tile[0], tile[0]), math.gcd(layout.tile[1], tile[1]))
+    out = layout
+    for step, act in ((fine, split), (tile, merge)):
+        if step != out.tile:
+            runs, bits = act(out.runs, out.sets, out.bits.numpy(), (layout.nq, layout.nk), out.tile, step)
+            out = from_runs(replace(out, tile=step), runs, bits)
+    return out
 
 
 def merge(runs: Runs, n_sets: int, bits: Array, size: Size, old: Size, new: Size) -> tuple[Runs, Array]:
@@ -64,18 +79,14 @@ def merge(runs: Runs, n_sets: int, bits: Array, size: Size, old: Size, new: Size
     return assemble(row, column, count, ids, n_sets * coarse_rows, coarse_width), table.stack()
 
 
-def _join(
-    cells: Array, bits: Array, factor: Size, old: Size, inside: tuple[Array, Array], new: Size
-) -> Array:
+def _join(cells: Array, bits: Array, factor: Size, old: Size, inside: tuple[Array, Array], new: Size) -> Array:
     """Bitmaps of new tiles from the ids of their old tiles."""
     used, at = np.unique(cells, return_inverse=True)
     table = np.zeros((len(used), *old), dtype=bool)
     table[used == 0] = True
     table[used > 0] = unpack(bits[used[used > 0] - 1], old[1])
     tiles = table[at.reshape(-1, *factor)].transpose(0, 1, 3, 2, 4).reshape(-1, *new)
-    tiles &= (np.arange(new[0])[:, None] < inside[0][:, None, None]) & (
-        np.arange(new[1]) < inside[1][:, None, None]
-    )
+    tiles &= (np.arange(new[0])[:, None] < inside[0][:, None, None]) & (np.arange(new[1]) < inside[1][:, None, None])
     return pack(tiles)
 
 
@@ -91,9 +102,7 @@ def split(runs: Runs, n_sets: int, bits: Array, size: Size, old: Size, new: Size
     full, partial = runs.id == 0, runs.id > 0
     cells = int(full.sum()) * factor[0] + int(runs.count[partial].sum()) * factor[0] * factor[1]
     if cells > MAX_RUNS:
-        raise ValueError(
-            f"tile: splitting {old} to {new} makes {cells} runs, more than {MAX_RUNS}; use larger tiles"
-        )
+        raise ValueError(f"tile: splitting {old} to {new} makes {cells} runs, more than {MAX_RUNS}; use larger tiles")
     row = runs.row
     down = np.arange(factor[0])
 
@@ -122,15 +131,12 @@ def split(runs: Runs, n_sets: int, bits: Array, size: Size, old: Size, new: Size
     if len(row):
         head, number = unique_rows([id, high, wide])
         parts = [
-            _cut(bits[id[h] - 1], table, (high[h], wide[h]), old, new)
-            for h in np.split(head, range(64, len(head), 64))
+            _cut(bits[id[h] - 1], table, (high[h], wide[h]), old, new) for h in np.split(head, range(64, len(head), 64))
         ]
         fine = np.concatenate(parts)[number]
         at, inside = fine_row(row)
         right = column[:, None, None] * factor[1] + np.arange(factor[1])
-        at, inside, right = np.broadcast_arrays(
-            at[:, :, None], inside[:, :, None] & (right < fine_width), right
-        )
+        at, inside, right = np.broadcast_arrays(at[:, :, None], inside[:, :, None] & (right < fine_width), right)
         keep = inside & (fine >= 0)
         pieces.append((at[keep], right[keep], np.ones(int(keep.sum()), dtype=np.int64), fine[keep]))
     row, first, count, id = (np.concatenate(p) for p in zip(*pieces, strict=True))

@@ -151,9 +151,7 @@ def lookup(runs: Runs, row: Array, column: Array) -> Array:
     return np.where(inside, runs.id[at], -1)
 
 
-def group_candidates(
-    runs: Runs, n_sets: int, factor: tuple[int, int], ragged: bool
-) -> tuple[Array, Array, Array]:
+def group_candidates(runs: Runs, n_sets: int, factor: tuple[int, int], ragged: bool) -> tuple[Array, Array, Array]:
     """Where a row of coarser tiles may change its composition.
 
     Args:

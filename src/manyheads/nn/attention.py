@@ -283,7 +283,10 @@ class Attention(nn.Module):
             raise UnsupportedError(
                 "need_weights: only the exact core has weights to return; pass need_weights=False"
             )
-        return attention_weights(q, k, **asked)
+        if "bias" not in asked:
+            return attention_weights(q, k, **asked)
+        units = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)  # what is averaged are the weights
+        return attention(q, k, units.expand(*k.shape[:2], -1, -1), **asked)
 
     def extra_repr(self) -> str:
         """Sizes, and whatever differs from the plain layer."""

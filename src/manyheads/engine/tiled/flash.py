@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .plan import Plan, Row, Segment, fetch, kv_heads, plan_of, scatter
+from .pieces import Piece, pieces_of
+from .plan import Plan, fetch, kv_heads, plan_of, scatter
 from .problem import Grads, Problem
 
 _forward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-_SPLIT = 1024  # unmasked keys of a row from which they are worth a call without a mask
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -36,24 +36,27 @@ def whole(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """Output and log-normaliser, row of tiles by row of tiles."""
+    """Output and log-normaliser, piece by piece."""
     plan = plan_of(p.layout)
     b, h, nq, dv = *p.q.shape[:3], p.v.shape[3]
     q, k, v = _equal_widths(p.q, p.k, p.v)
     groups = plan.groups(b, h, p.group)
-    if len(groups) == 1 and len(groups[0].rows) == 1:  # a small call: no copies
-        out, lse = _row(plan, groups[0].rows[0], q, k, v, p.scale)
+    if len(groups) == 1 and len(plan.rows[0]) == 1:  # a small call: no copies
+        (one,) = pieces_of(plan, 0)
+        out, lse = _piece(plan, one, q, k, v, p.scale)
         return _with_sink(p, out[..., :dv], lse)
-    out = p.v.new_empty(b, h, nq, dv)
+    out = p.v.new_empty(b, h, nq, v.shape[3])
     lse = p.q.new_empty(b, h, nq, dtype=p.accumulate)
     for group in groups:
-        kv = kv_heads(group.h, p.group)
-        for row in group.rows:
-            at = (group.b, group.h, slice(row.q0, row.q1))
-            part, stats = _row(plan, row, q[at], k[group.b, kv], v[group.b, kv], p.scale)
-            out[at] = part[..., :dv]
-            lse[at] = stats
-    return _with_sink(p, out, lse)
+        keys, values = k[group.b, kv_heads(group.h, p.group)], v[group.b, kv_heads(group.h, p.group)]
+        for part in pieces_of(plan, group.row_set):
+            at = (group.b, group.h, slice(part.q0, part.q1))
+            o, stats = _piece(plan, part, q[at], keys, values, p.scale)
+            if part.first:
+                out[at], lse[at] = o, stats
+            else:
+                _merge_into(out[at], lse[at], o, stats)
+    return _with_sink(p, out[..., :dv], lse)
 
 
 def _with_sink(p: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,70 +85,39 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     dk, dv_ = (torch.zeros_like(t, dtype=p.accumulate) for t in (k, v))
     for group in plan.groups(p.q.shape[0], p.q.shape[1], p.group):
         kv = kv_heads(group.h, p.group)
-        for row in group.rows:
-            at = (group.b, group.h, slice(row.q0, row.q1))
-            saved = (dout[at], q[at], out[at], lse[at])
-            for segments in _pieces(row):
-                grads = _piece_grads(plan, row, segments, saved, k[group.b, kv], v[group.b, kv], p.scale)
-                dq[at] += grads[0]
-                scatter(dk[group.b, kv], grads[1], segments)
-                scatter(dv_[group.b, kv], grads[2], segments)
+        for part in pieces_of(plan, group.row_set):
+            if not part.segments:
+                continue
+            at = (group.b, group.h, slice(part.q0, part.q1))
+            keys, values = fetch(k[group.b, kv], part.segments), fetch(v[group.b, kv], part.segments)
+            mask = plan.pattern(part.segments, part.q1 - part.q0, q.dtype)[0] if part.masked else None
+            grads = _backward(  # type: ignore[misc]
+                dout[at], q[at], keys, values, out[at], lse[at], 0.0, False, attn_mask=mask, scale=p.scale
+            )
+            dq[at] += grads[0]
+            scatter(dk[group.b, kv], grads[1], part.segments)
+            scatter(dv_[group.b, kv], grads[2], part.segments)
     return Grads(dq[..., :d], dk[..., :d].to(p.k.dtype), dv_[..., :dv].to(p.v.dtype))
 
 
-def _row(plan: Plan, row: Row, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    if not row.width:
+def _piece(plan: Plan, part: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if not part.segments:
         acc = torch.promote_types(q.dtype, torch.float32)
         return v.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf, dtype=acc)
-    out: Tensor | None = None
-    for segments in _pieces(row):
-        mask, empty = None, None
-        if any(s.mask_id for s in segments):
-            mask, empty = plan.pattern(segments, row.q1 - row.q0, q.dtype)
-        part, stats = piece(q, fetch(k, segments), fetch(v, segments), mask, scale)
-        if empty is not None:
-            stats = stats.masked_fill(empty, -math.inf)
-        if out is None:
-            out, lse = part, stats
-        else:
-            out, lse = _merge(out, lse, part, stats)
-    return out, lse  # type: ignore[return-value]
+    mask, empty = plan.pattern(part.segments, part.q1 - part.q0, q.dtype) if part.masked else (None, None)
+    out, lse = piece(q, fetch(k, part.segments), fetch(v, part.segments), mask, scale)
+    return out, lse if empty is None else lse.masked_fill(empty, -math.inf)
 
 
-def _merge(o1: Tensor, l1: Tensor, o2: Tensor, l2: Tensor) -> tuple[Tensor, Tensor]:
-    """Two partial results over disjoint keys as one."""
-    top = torch.maximum(l1, l2)
-    top = top.masked_fill(top == -math.inf, 0.0)
-    w1, w2 = torch.exp(l1 - top), torch.exp(l2 - top)
-    total = w1 + w2
-    share = (w2 / total.masked_fill(total == 0, 1.0))[..., None]
-    return torch.lerp(o1.to(share.dtype), o2.to(share.dtype), share).to(o1.dtype), top + torch.log(total)
-
-
-def _pieces(row: Row) -> list[tuple[Segment, ...]]:
-    """Keys that need no mask apart from the rest, when there are enough of them."""
-    if not row.width:
-        return []
-    free = tuple(s for s in row.segments if not s.mask_id)
-    width = sum(s.k1 - s.k0 for s in free)
-    if width == row.width or width < _SPLIT:
-        return [row.segments]
-    return [free, tuple(s for s in row.segments if s.mask_id)]
-
-
-def _piece_grads(
-    plan: Plan,
-    row: Row,
-    segments: tuple[Segment, ...],
-    saved: tuple[Tensor, ...],
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, out, lse = saved
-    mask = plan.pattern(segments, row.q1 - row.q0, q.dtype)[0] if any(s.mask_id for s in segments) else None
-    keys, values = fetch(k, segments), fetch(v, segments)
-    return _backward(dout, q, keys, values, out, lse, 0.0, False, attn_mask=mask, scale=scale)  # type: ignore[misc]
+def _merge_into(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Adds a partial result over other keys to what was computed before."""
+    both = torch.logaddexp(lse, more_lse)
+    share = torch.exp(more_lse - both.masked_fill(both == -math.inf, 0.0))[..., None]
+    if out.dtype == share.dtype:
+        out.lerp_(more, share)
+    else:
+        out.copy_(out.to(share.dtype).lerp_(more.to(share.dtype), share))
+    lse.copy_(both)
 
 
 def _equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -207,7 +207,7 @@ def _score_grads(
 def _strips(p: Problem, plan: Plan) -> Iterator[Strip]:
     """All heads at once while their scores stay in cache, one key head after another when they do not."""
     for group in plan.groups(p.q.shape[0], p.q.shape[1], p.group):
-        for row in group.rows:
+        for row in plan.rows[group.row_set]:
             batch, heads = group.b.stop - group.b.start, group.h.stop - group.h.start
             if batch * heads * (row.q1 - row.q0) * row.width <= _CHUNK:
                 yield Strip(group.b, group.h, kv_heads(group.h, p.group), row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,18 +29,13 @@ class Row(NamedTuple):
     segments: tuple[Segment, ...]
     width: int
 
-    @property
-    def masked(self) -> bool:
-        """Whether any visited key is hidden from some query."""
-        return any(s.mask_id for s in self.segments)
-
 
 class Group(NamedTuple):
     """Batches and query heads that share a row set."""
 
     b: slice
     h: slice
-    rows: tuple[Row, ...]
+    row_set: int
 
 
 @dataclass(eq=False)
@@ -51,6 +46,7 @@ class Plan:
     rows: list[tuple[Row, ...]]
     index: list[list[int]]
     layout: weakref.ref[TileLayout]
+    pieces: dict[int, Any] = field(default_factory=dict)
     _masks: dict[int, Tensor] = field(default_factory=dict)
     _patterns: dict[tuple[object, ...], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     _groups: dict[tuple[int, int, int], list[Group]] = field(default_factory=dict)
@@ -59,7 +55,7 @@ class Plan:
         """The largest rectangles of batches and heads that share a row set and whole groups of key heads."""
         key = (batch, heads, per_kv)
         if key not in self._groups:
-            self._groups[key] = list(_rectangles(self.index, self.rows, batch, heads, per_kv))
+            self._groups[key] = list(_rectangles(self.index, batch, heads, per_kv))
         return self._groups[key]
 
     def hidden(self, mask_id: int) -> Tensor:
@@ -135,12 +131,10 @@ def _rows(layout: TileLayout, row_set: int, bm: int, bn: int) -> Iterator[Row]:
         yield Row(q0, min(q0 + bm, layout.nq), segments, sum(s.k1 - s.k0 for s in segments))
 
 
-def _rectangles(
-    index: list[list[int]], rows: list[tuple[Row, ...]], batch: int, heads: int, per_kv: int
-) -> Iterator[Group]:
+def _rectangles(index: list[list[int]], batch: int, heads: int, per_kv: int) -> Iterator[Group]:
     same_heads = all(len(set(line)) == 1 for line in index)
     if same_heads and len({line[0] for line in index}) == 1:
-        yield Group(slice(0, batch), slice(0, heads), rows[index[0][0]])
+        yield Group(slice(0, batch), slice(0, heads), index[0][0])
         return
     for b in range(batch):
         line = index[b if len(index) > 1 else 0]
@@ -150,7 +144,7 @@ def _rectangles(
             end = heads if len(line) == 1 else h + 1
             while end < heads and len(line) > 1 and line[end] == line[h]:
                 end += 1
-            yield from (Group(at, part, rows[line[h]]) for part in _whole_groups(h, end, per_kv))
+            yield from (Group(at, part, line[h]) for part in _whole_groups(h, end, per_kv))
             h = end
         if len(index) == 1:
             return

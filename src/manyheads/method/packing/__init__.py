@@ -10,8 +10,9 @@ Source:
 from __future__ import annotations
 
 from manyheads.method.packing.adjust import Hyperparameters, adjust
-from manyheads.method.packing.algorithms import ALGORITHMS, greedy, lpfhp, nnlshp, pack, spfhp
+from manyheads.method.packing.algorithms import ALGORITHMS, greedy, lpfhp, pack, spfhp
 from manyheads.method.packing.batch import PackedBatch, collate
+from manyheads.method.packing.nonnegative import nnlshp
 from manyheads.method.packing.result import Packing, histogram
 
 EVIDENCE = {

@@ -28,7 +28,9 @@ class Hyperparameters:
     beta2: float = 0.999
 
 
-def adjust(settings: Hyperparameters, factor: float, *, keep: str = "sequences", rule: str = "linear") -> Hyperparameters:
+def adjust(
+    settings: Hyperparameters, factor: float, *, keep: str = "sequences", rule: str = "linear"
+) -> Hyperparameters:
     """Carries settings for unpacked training over to packed rows.
 
     A row of ``p`` sequences is ``p`` rows of the unpacked batch. Either as many sequences as before make a step

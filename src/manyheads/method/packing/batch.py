@@ -158,7 +158,8 @@ class PackedBatch:
 
     def _flat(self, outputs: Tensor) -> Tensor:
         if outputs.shape[:2] != self.input_ids.shape:
-            raise ValueError(f"outputs: expected (B, S, ...) with {tuple(self.input_ids.shape)}, got {tuple(outputs.shape)}")
+            expected, got = tuple(self.input_ids.shape), tuple(outputs.shape)
+            raise ValueError(f"outputs: expected (B, S, ...) with (B, S) = {expected}, got {got}")
         return outputs.flatten(0, 1)
 
     def _cuts(self) -> list[tuple[int, int]]:
@@ -221,7 +222,7 @@ def collate(
     documents[row, place] = lengths
     starts = (documents.cumsum(1) - documents)[row, place] + row * size
     documents[np.arange(len(packs)), depth] = size - documents.sum(1)
-    if end_to_end:
+    if not documents[:, -1:].any():
         documents = documents[:, :-1]
     where = _spread(starts, lengths)
     positions, owners = np.zeros(len(packs) * size, dtype=np.int64), np.full(len(packs) * size, -1)

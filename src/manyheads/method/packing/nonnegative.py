@@ -99,7 +99,9 @@ def nnlshp(
         short=short // resolution,
         short_weight=short_weight,
     )
-    groups = ((tuple((row[row > 0] * resolution).tolist()), int(count)) for row, count in zip(slots, counts, strict=True))
+    used = counts > 0
+    rows = [tuple((row[row > 0] * resolution).tolist()) for row in slots[used]]
+    groups = zip(rows, counts[used].tolist(), strict=True)
     return Packing(draw(groups, sizes), tuple(sizes.tolist()), capacity, depth, "nnlshp")
 
 
@@ -145,4 +147,5 @@ def solve(
     if depth > 1:
         padded[:, 1] = capacity - padded[:, 0]
     fullest = np.argsort(whole - solution, kind="stable")
-    return np.concatenate([slots, slots[fullest], padded]), np.concatenate([whole, extra[fullest], missing[missing > 0]])
+    rows = np.concatenate([slots, slots[fullest], padded])
+    return rows, np.concatenate([whole, extra[fullest], missing[missing > 0]])

@@ -147,12 +147,12 @@ def draw(groups: Iterable[tuple[tuple[int, ...], int]], lengths: NDArray[np.int6
         for size, start, count in zip(*np.unique(lengths[order], return_index=True, return_counts=True), strict=True)
     }
     sizes = sorted(pools)
-    packs = []
+    packs: list[tuple[int, ...]] = []
     for slots, count in groups:
         for _ in range(count):
             if not sizes:
                 return tuple(packs)
-            pack = []
+            pack: list[int] = []
             for slot in slots:
                 at = bisect.bisect_right(sizes, slot) - 1
                 if at < 0:
