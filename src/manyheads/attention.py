@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from .dispatch import BACKENDS, Explanation, checked, choose, delegations, explain, remember, sdpa_runner
+from .dispatch import BACKENDS, Explanation, checked, choose, explain, key_of, remember, runners, sdpa_runner
 from .engine.result import Attn
 from .engine.tiled import Bias, Term, reference, tiled
 from .engine.tiled.op import layout_for
@@ -138,27 +139,20 @@ def attention(
         >>> mh.attention(q, k, v, mask="causal", return_lse=True).lse[0, 0].exp().round().int().tolist()
         [7, 15, 22, 30, 37, 44]
     """
-    plain = bias is None and softcap is None and sink is None and not dropout_p
-    plain = plain and positions is None and key_padding is None and backend == "auto" and not isinstance(mask, Tensor)
-    if plain and not torch.compiler.is_compiling():
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        key = (
-            q.shape,
-            k.shape,
-            v.shape,
-            q.dtype,
-            k.dtype,
-            v.dtype,
-            q.device,
-            k.device,
-            v.device,
-            return_lse,
-            needs_grad,
-            mask,
-        )
-        delegated = delegations.get(key)
-        if delegated is not None:
-            return delegated(q, k, v, scale)
+    key = None
+    if (
+        bias is None
+        and softcap is None
+        and sink is None
+        and positions is None
+        and key_padding is None
+        and not (dropout_p or isinstance(mask, Tensor) or torch.compiler.is_compiling())
+        and (scale is None or abs(scale) < math.inf)
+    ):
+        key = key_of(q, k, v, mask, return_lse, backend)
+        run = runners.get(key)
+        if run is not None:
+            return run(q, k, v, scale)
     seed = torch.randint(2**62, (1,), generator=generator) if dropout_p else None
     if isinstance(mask, str) and torch.compiler.is_compiling():  # a text is read inside the operator
         return tiled(
@@ -179,10 +173,8 @@ def attention(
         )
     call = checked(q, k, v, mask, scale, bias, softcap, sink, dropout_p, positions, key_padding, return_lse)
     chosen = choose(call, backend)
-    if chosen == "sdpa":
-        run = sdpa_runner(call)
-        if plain:
-            remember(call, mask, run)
+    run = remember(key, call, chosen) if key is not None else sdpa_runner(call) if chosen == "sdpa" else None
+    if run is not None:
         return run(q, k, v, scale)
     return tiled(
         q,

@@ -14,7 +14,7 @@ from .common import checks
 from .common.errors import UnsupportedError, unknown
 from .engine.result import Attn
 from .engine.tiled import Bias, Term, flash, products
-from .engine.tiled.op import layout_for
+from .engine.tiled.op import call_plain, layout_for
 from .mask import Causal, Full, Mask, as_mask
 from .mask.show import later_warning
 
@@ -221,32 +221,44 @@ def _slower(call: Call) -> list[str]:
 _PROBE_PAIRS = 1 << 22
 
 
-# --- delegation -------------------------------------------------------------------------------------------------
+# --- the short way -------------------------------------------------------------------------------------------------
 
 Runner = Callable[[Tensor, Tensor, Tensor, float | None], "Tensor | Attn"]
-delegations: dict[tuple[object, ...], Runner] = {}
+runners: dict[tuple[object, ...], Runner] = {}
 
 
-def remember(call: Call, mask: object, run: Runner) -> None:
-    """Keeps the choice for calls of the same shapes, so that the next one costs a lookup."""
-    q, k, v = call.q, call.k, call.v
-    key = (
-        q.shape,
-        k.shape,
-        v.shape,
-        q.dtype,
-        k.dtype,
-        v.dtype,
-        q.device,
-        k.device,
-        v.device,
-        call.return_lse,
-        call.needs_grad,
-        mask,
-    )
-    if len(delegations) > 1024:
-        delegations.clear()
-    delegations[key] = run
+def key_of(q: Tensor, k: Tensor, v: Tensor, mask: object, return_lse: bool, backend: str) -> tuple[object, ...]:
+    """What decides the backend of a call without options."""
+    grads = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    types = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    return q.shape, k.shape, v.shape, types, grads, return_lse, mask, backend
+
+
+def remember(key: tuple[object, ...], call: Call, chosen: str) -> Runner | None:
+    """Keeps how to run calls like this one, so that the next costs a lookup; None where that would hoard memory."""
+    if sum(t.nbytes for t in call.mask.data) > _SMALL_MASK:
+        return None
+    run = sdpa_runner(call) if chosen == "sdpa" else engine_runner(call, chosen)
+    if len(runners) > 1024:
+        runners.clear()
+    runners[key] = run
+    return run
+
+
+_SMALL_MASK = 1 << 16
+
+
+def engine_runner(call: Call, backend: str) -> Runner:
+    """The shortest way to run a call without options on the engine."""
+    text, data, default = call.mask.text, list(call.mask.data), call.q.shape[3] ** -0.5
+    return_lse, grads = call.return_lse, call.needs_grad
+
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor | Attn:
+        factor = default if scale is None else float(scale)
+        out, lse = call_plain(q, k, v, text, data, factor, backend, grads)
+        return Attn(out, lse) if return_lse else out
+
+    return run
 
 
 def sdpa_runner(call: Call) -> Runner:

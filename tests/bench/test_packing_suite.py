@@ -52,7 +52,7 @@ def test_documents_have_about_seventy_tokens_and_at_most_512(monkeypatch):
 @needs_encoder
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_sides_embed_alike(monkeypatch, dtype):
-    monkeypatch.setitem(packing.ROUNDS, "quick", (1, 1))
+    monkeypatch.setitem(packing.ROUNDS, "quick", 1)
     monkeypatch.setattr(packing, "TOKENS", 256)
     case = encoder_case(dtype, Options(level="quick"), documents=12, seed=3)
     rows = case.run(Quiet())

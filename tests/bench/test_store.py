@@ -60,6 +60,17 @@ def test_resuming_writes_the_earlier_rows_again_and_goes_on(tmp_path):
     assert [r.case for r in read(out).rows] == ["a", "b", "c"]
 
 
+def test_what_failed_is_measured_again(tmp_path):
+    store = Store(tmp_path / "run.jsonl", HEADER)
+    store.case("masks", "a", [row("a"), Row("masks", "a", "sdpa", status="failed", reason="no luck")], 0.1)
+    store.case("masks", "b", [row("b"), Row("masks", "b", "flex", status="refused", reason="no compiler")], 0.1)
+    store.case("targets", "c", [Row("targets", "c", "manyheads", verdict="not measured")], 0.1)
+    store.close()
+    found = resumable(tmp_path / "run.jsonl", HEADER)
+    assert found.finished == {("masks", "b")}
+    assert {r.case for r in found.rows} == {"b"}
+
+
 def test_there_may_be_nothing_to_resume(tmp_path):
     assert resumable(tmp_path / "none.jsonl", HEADER) is None
 

@@ -42,6 +42,14 @@ def test_the_first_call_is_told_apart():
     assert (found.first_ms, found.median_ms, found.rounds) == (500.0, 2.0, 5)
 
 
+def test_calls_that_are_warm_are_counted_from_the_first():
+    clock = Clock()
+    found = interleave(
+        {"a": clock.call("a", [5.0, 2.0])}, budget_s=0.0, rounds=(3, 3), warmup=0, warm=True, clock=clock
+    )
+    assert (found["a"].samples, found["a"].first_ms) == ((5.0, 2.0, 2.0), None)
+
+
 def test_the_budget_decides_the_rounds_within_their_limits():
     clock = Clock()
 

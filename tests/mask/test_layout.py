@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyheads.mask import (
+    Block,
     BlockMap,
     Causal,
     Dense,
     Document,
+    Leaf,
     Neighborhood,
     PerBatch,
     PerHead,
     Periodic,
     Predicate,
+    Prefix,
+    Rectangles,
     Sink,
     TileLayout,
     Window,
 )
 from manyheads.mask import evaluate as evaluation
 from manyheads.mask.build import build
-from tests.mask.layout_cases import odd_product, random_call
+from tests.mask.layout_cases import odd_product, random_call, random_mask
 
 SEEDS = st.integers(0, 1 << 40)
 
@@ -71,6 +77,68 @@ def test_keys_change_only_how_many_tiles_are_evaluated(seed):
     assert torch.equal(with_keys.dense(), without.dense())
     assert len(with_keys.bits) == len(without.bits)
     assert torch.equal(with_keys.first, without.first)
+
+
+@settings(max_examples=10)
+@given(SEEDS)
+def test_many_partial_tiles_are_looked_at_in_pieces_exactly(seed):
+    r = random.Random(seed)
+    n = r.randint(1000, 1500)
+    mask = random_mask(r, n)
+    for tile in ((64, 64), (16, 128), (24, 72)):
+        layout = build(mask, n, n, tile=tile, cache=False, keyed=False)
+        assert torch.equal(layout.dense(), mask.dense(n))
+
+
+class Product(Leaf):
+    """A rule with keys that reads places, not distances."""
+
+    __slots__ = ()
+    relative = False
+
+    def __init__(self):
+        self._finish((1, 1), ())
+
+    def _write(self, name):
+        return "product"
+
+    def _allows(self, q, k):
+        return q["position"] * k["position"] % 5 == 1
+
+    def _classify(self, q, k):
+        return np.True_, np.False_
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Product(),
+        Causal() & Product() | Sink(9),
+        Periodic(3, of="key"),
+        Periodic(5, 2, of="query"),
+        Prefix(3, lens=[7, 12, 4, 22]),
+        Prefix(11, side="query") | Sink(13),
+        Block(Periodic(2, of="key"), 3),
+        Rectangles([[0, 10], [20, 33]], [[0, 10], [20, 30]], [0, 1]),
+    ],
+)
+def test_masks_of_places_are_not_told_by_distance(mask):
+    for tile in ((8, 8), (4, 16), (16, 4)):
+        assert torch.equal(build(mask, 45, 45, tile=tile, cache=False).dense(), mask.dense(45))
+
+
+def test_rules_from_elsewhere_compute_in_int64():
+    pos = torch.arange(100_000, 100_040)
+    for mask in (Product(), Predicate(odd_product), Product() & Causal()):
+        layout = build(mask, 40, 40, tile=(8, 8), positions=(pos, pos), cache=False)
+        assert torch.equal(layout.dense(), mask.dense(40, positions=(pos, pos)))
+
+
+def test_a_mask_of_key_places_is_looked_at_once_per_key_tile():
+    n = 1 << 16
+    layout = build(Causal() & Periodic(3, of="key"), n, n, cache=False)
+    assert layout.pairs == sum(n - j for j in range(0, n, 3))
+    assert len(layout.bits) == 6
 
 
 def test_equal_hashes_of_different_tiles_do_no_harm(monkeypatch):

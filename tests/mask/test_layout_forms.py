@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyheads.mask import Causal, Document, PerHead, Periodic, TileLayout, Window
+from manyheads.mask import Causal, Document, PerHead, Periodic, Prefix, TileLayout, Window
 from manyheads.mask.build import build
 from tests.mask.layout_cases import random_call, random_mask
 
@@ -26,6 +26,13 @@ def test_transpose_is_the_transpose(seed):
     assert torch.equal(turned.dense(), layout.dense().mT)
     assert (turned.pairs, turned.visited, turned.tile) == (layout.pairs, layout.visited, layout.tile[::-1])
     assert [p.tolist() for p in turned.positions] == [p.tolist() for p in layout.positions[::-1]]
+
+
+def test_transpose_writes_out_positions_of_unequal_sides():
+    turned = Causal().tiles(5, 9, tile=(4, 4)).transpose()
+    assert turned.q_pos.tolist() == list(range(9))
+    assert turned.k_pos.tolist() == [4, 5, 6, 7, 8]
+    assert Causal().tiles(9, tile=(4, 4)).transpose().q_pos is None
 
 
 def test_transpose_is_kept_and_leads_back():
@@ -48,6 +55,14 @@ def test_retile_equals_building_with_that_tile(seed, bm, bn):
     assert other.tile == (bm, bn)
     assert torch.equal(other.dense(), layout.dense())
     assert (other.visited, len(other.bits), len(other.first)) == (built.visited, len(built.bits), len(built.first))
+
+
+def test_retile_cuts_rows_that_are_full_only_in_part_at_a_ragged_edge():
+    mask = Prefix(8, side="query")
+    layout = mask.tiles(16, 28, tile=(8, 8), positions=(torch.arange(16), torch.arange(28)))
+    coarse = layout.retile((16, 16))
+    assert torch.equal(coarse.dense(), layout.dense())
+    assert coarse.bits.sum(1).tolist() == [[255 * 8, 255 * 8], [255 * 8, 15 * 8]]
 
 
 def test_retile_of_a_long_layout_stays_small():
@@ -156,6 +171,10 @@ def test_text_and_tensors_round_trip(seed):
 def test_flat_text_holds_no_sizes_and_old_memory_is_not_mistaken():
     texts = {Causal().tiles(n, tile=(16, 16)).flatten()[0] for n in (33, 100, 1000)}
     assert len(texts) == 1
+    layout = Causal().tiles(33, tile=(16, 16))
+    text, data = layout.flatten()
+    other = [t[None].squeeze(0) if t.dim() < 2 else t.flatten() for t in data]
+    assert TileLayout.unflatten(text, other) is not layout
     for n in range(20, 60):
         layout = build(Causal() & Window(n), n, n, tile=(16, 16), cache=False)
         text, data = layout.flatten()

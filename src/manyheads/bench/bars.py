@@ -20,14 +20,12 @@ class Bar:
         name: Name of the case in ``targets``.
         cases: What must be measured; the rows of a case that the file has already are used again.
         judge: From the rows of these cases, in order, to rows with target, measured and verdict.
-        seconds: Expected duration.
         level: The first level that includes it: ``"quick"`` or ``"default"``.
     """
 
     name: str
     cases: tuple[Case, ...] = field(repr=False)
     judge: Callable[[list[list[Row]]], list[Row]] = field(repr=False)
-    seconds: float = 10.0
     level: str = "default"
 
 
@@ -102,7 +100,8 @@ def dense(base: Row, target: float) -> Callable[[list[list[Row]]], list[Row]]:
         reasons = [reason for _, reason in found if reason]
         ratios = [ratio for ratio, _ in found if ratio is not None]
         value = min(ratios) if ratios and not reasons else None
-        return [at_least(base.replace(note="; ".join(reasons) or _errors(measured)), value, target)]
+        noted = base.replace(note="; ".join(reasons) or _errors(measured) or None)
+        return [at_least(_quiet(noted, *(row for rows in measured for row in rows)), value, target)]
 
     return judge
 
@@ -169,7 +168,7 @@ def backward(base: Row, speed: float, memory: float) -> Callable[[list[list[Row]
         less = max(peaks[1], 0.0) / max(peaks[0], 0.1) if peaks[0] is not None and peaks[1] is not None else None
         note = None if less is None else f"{peaks[0]:.0f} against {peaks[1]:.0f} MiB"
         return [
-            at_least(_worded(base, "speed").replace(note=reason), ratio, speed),
+            at_least(_quiet(_worded(base, "speed").replace(note=reason), *rows), ratio, speed),
             at_least(
                 _worded(base, "peak memory beyond inputs and results").replace(note=note),
                 less,
@@ -188,7 +187,7 @@ def layout(base: Row, ms: float, mib: float | None) -> Callable[[list[list[Row]]
         row = one(measured[0], OURS)
         tiles = None if row is None or row.unique_tiles is None else float(row.unique_tiles)
         out = [
-            at_most(_worded(base, "time"), row.median_ms if row else None, ms, "ms"),
+            at_most(_quiet(_worded(base, "time"), row), row.median_ms if row else None, ms, "ms"),
             at_most(_worded(base, "unique tiles"), tiles, 4, ""),
         ]
         if mib is not None:
@@ -225,7 +224,8 @@ def overhead(base: Row, most: dict[str, float]) -> Callable[[list[list[Row]]], l
         out = []
         for provider, target in most.items():
             row = one(measured[0], provider)
-            out.append(at_most(_worded(base, provider), None if row is None else row.overhead_us, target, "us"))
+            over = None if row is None else row.overhead_us
+            out.append(at_most(_quiet(_worded(base, provider), row), over, target, "us"))
         return out
 
     return judge
@@ -258,6 +258,13 @@ def packing(base: Row, given: float, by_length: float, cosine: float) -> Callabl
         return [*out, at_least(_worded(base, "smallest cosine").replace(note=why), agreement, cosine, "")]
 
     return judge
+
+
+def _quiet(base: Row, *rows: Row | None) -> Row:
+    """Says in the note when a verdict rests on noisy rows."""
+    if not any(row is not None and row.noisy for row in rows):
+        return base
+    return base.replace(note="; ".join(filter(None, (base.note, "noisy: repeat it on a quiet machine"))))
 
 
 def _judged(base: Row, measured: float | None, target: str, met: bool) -> Row:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from manyheads.bench.row import Row
-from manyheads.bench.suite import Case
+from manyheads.bench.suite import Case, unfold
 
 Column = tuple[str, Callable[[Row], str]]
 
@@ -24,6 +24,30 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Heading and cell function of each.
     """
     return [(head, cell) for head, cell in _COLUMNS if any(cell(row) for row in rows)]
+
+
+def fitting(rows: Sequence[Row], width: int) -> list[Column]:
+    """As many of the columns as a terminal has room for; the file keeps all.
+
+    Args:
+        rows: Rows of one suite.
+        width: Characters on a line.
+
+    Returns:
+        The columns, the least important left out until the rest fits.
+
+    Example:
+        >>> row = Row("masks", "causal", "sdpa", median_ms=1.5, first_ms=90.0, gflops=100.0, gate="green")
+        >>> [head for head, _ in fitting([row], 40)]
+        ['case', 'provider', 'ms', 'gate']
+    """
+    shown = columns(rows)
+    needed = {h: 3 + max(len(h), *(min(len(cell(r)), _FOLDED.get(h, 99)) for r in rows)) for h, cell in shown}
+    for head in _DISPENSABLE:
+        if sum(needed.values()) <= width:
+            break
+        needed.pop(head, None)
+    return [(head, cell) for head, cell in shown if head in needed]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -83,7 +107,7 @@ class Plain:
     def __init__(self, cases: Sequence[Case], *, stream: TextIO | None = None, quiet: bool = False) -> None:
         """Remembers how many cases there are and where to write."""
         self._stream = sys.stderr if stream is None else stream
-        self._count, self._done, self._quiet = len(cases), 0, quiet
+        self._count, self._done, self._quiet = len(unfold(cases)), 0, quiet
 
     def say(self, text: str) -> None:
         """A line for each case is enough for a log."""
@@ -133,9 +157,9 @@ class Rich:
             console=self._console,
             auto_refresh=False,
         )
-        self._left = sum(case.seconds for case in cases)
-        self._seconds = {case.key: case.seconds for case in cases}
-        self._task = self._progress.add_task("", total=len(cases), left=self._estimate())
+        self._seconds = {case.key: case.seconds for case in unfold(cases)}
+        self._left = sum(self._seconds.values())
+        self._task = self._progress.add_task("", total=len(self._seconds), left=self._estimate())
         self._rows: list[Row] = []
         self._live = Live(self._view(), console=self._console, auto_refresh=False, transient=True)
 
@@ -159,7 +183,9 @@ class Rich:
     def _view(self) -> Any:
         from rich.console import Group
 
-        return Group(rich_table(self._rows), self._progress) if self._rows else self._progress
+        if not self._rows:
+            return self._progress
+        return Group(rich_table(self._rows, self._console.width), self._progress)
 
     def __enter__(self) -> Rich:
         """Starts drawing."""
@@ -173,23 +199,25 @@ class Rich:
         self._live.__exit__(kind, error, trace)
 
 
-def rich_table(rows: Sequence[Row], title: str | None = None) -> Any:
+def rich_table(rows: Sequence[Row], width: int, title: str | None = None) -> Any:
     """The table of ``table`` for a terminal, red where a gate or a verdict is.
 
     Args:
         rows: Rows of one suite.
+        width: Characters on a line.
         title: Heading.
 
     Returns:
         A rich renderable.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    shown = columns(rows)
-    drawn = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    shown = fitting(rows, width)
+    drawn = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for head, _ in shown:
-        drawn.add_column(head, justify="right" if head in _RIGHT else "left", overflow="fold")
+        drawn.add_column(head, justify="right" if head in _RIGHT else "left", no_wrap=head not in _FOLDED)
     for row in rows:
         bad = row.gate == "red" or row.status == "failed" or row.verdict == "missed"
         style = "red" if bad else "dim" if row.status == "refused" else "green" if row.verdict == "met" else ""
@@ -210,16 +238,23 @@ def choose(cases: Sequence[Case], *, quiet: bool = False) -> Plain | Rich:
 
 
 def show_tables(rows: Sequence[Row]) -> None:
-    """Prints one table for each suite to standard output."""
+    """Prints one table for each suite to standard output; in ``targets``, the bars last."""
     fancy = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
-    for suite in dict.fromkeys(row.suite for row in rows):
-        own = [row for row in rows if row.suite == suite]
-        if fancy:
-            from rich.console import Console
+    measured = [row for row in rows if row.bar is None]
+    for suite in dict.fromkeys(row.suite for row in measured):
+        _show(suite, [row for row in measured if row.suite == suite], fancy)
+    if bars := [row for row in rows if row.bar is not None]:
+        _show("bars", bars, fancy)
 
-            Console().print(rich_table(own, suite))
-        else:
-            print(f"\n{suite}\n{table(own)}")
+
+def _show(title: str, rows: Sequence[Row], fancy: bool) -> None:
+    if fancy:
+        from rich.console import Console
+
+        console = Console()
+        console.print(rich_table(rows, console.width, title))
+    else:
+        print(f"\n{title}\n{table(rows)}")
 
 
 def summary(row: Row) -> str:
@@ -246,10 +281,12 @@ def number(value: float | None, digits: int = 3) -> str:
     """
     if value is None:
         return ""
-    if value and not 1e-4 <= abs(value) < 1e6:
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}"
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    if whole == 0 and value:
+    if whole == 0:
         leading = len(f"{abs(value):.10f}".split(".")[1]) - len(f"{abs(value):.10f}".split(".")[1].lstrip("0"))
         return f"{value:.{digits + leading}f}"
     return f"{value:.{max(digits - whole, 0)}f}"
@@ -316,4 +353,22 @@ _RIGHT = {
     "measured",
     "waste",
 }
+_FOLDED = {"bar": 60, "remark": 40, "case": 44}
+"""Columns that may be folded, and the characters that they are given."""
+_DISPENSABLE = (
+    "first ms",
+    "process MiB",
+    "shape",
+    "phase",
+    "spread",
+    "error",
+    "of limit",
+    "GFLOP/s",
+    "density",
+    "remark",
+    "waste",
+    "MiB",
+    "agreement",
+)
+"""What a narrow terminal does without, first to last."""
 _BRIEF = {"ms", "MiB", "overhead us", "unique tiles", "rate", "agreement", "gate", "ratio"}

@@ -14,6 +14,8 @@ from manyheads.mask import Mask
 
 ALLOWED = 1.5
 """A result may err by this much more than torch's attention in the same dtype."""
+PLAIN = 2.0
+"""The same for the plain reference, whose own rounding is what error budgets elsewhere are made of."""
 
 _CELLS = 2**24  # scores held at once in float64: 128 MiB
 
@@ -122,15 +124,16 @@ def truth(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *, rows: int = 256)
     return Truth(index, exact, peer, dout)
 
 
-def judge(found: tuple[Tensor, ...], known: Truth) -> Verdict:
+def judge(found: tuple[Tensor, ...], known: Truth, *, allowed: float = ALLOWED) -> Verdict:
     """Compares a result with the truth.
 
-    Green is a result whose largest and Frobenius errors are both at most ``ALLOWED`` times those of torch's
+    Green is a result whose largest and Frobenius errors are both at most ``allowed`` times those of torch's
     attention, plus one unit of float32 rounding, in the output and in each gradient.
 
     Args:
         found: The sampled rows of the output, then the gradients: as in ``Truth.exact``.
         known: The truth.
+        allowed: How much more than torch a result may err.
 
     Returns:
         The verdict; NaN or Inf is red.
@@ -143,8 +146,8 @@ def judge(found: tuple[Tensor, ...], known: Truth) -> Verdict:
         mine = (a.double() - r).detach()
         peer = (s.double() - r).detach()
         error, norm = float(mine.abs().max()), float(mine.norm())
-        limit = ALLOWED * float(peer.abs().max()) + eps * size[0]
-        norm_limit = ALLOWED * float(peer.norm()) + eps * size[1]
+        limit = allowed * float(peer.abs().max()) + eps * size[0]
+        norm_limit = allowed * float(peer.norm()) + eps * size[1]
         if not (error <= limit and norm <= norm_limit):
             gate = "red"
         share = error / limit if limit else float(error > 0)

@@ -39,7 +39,8 @@ class Row:
         rounds: Number of rounds.
         noisy: Whether the spread is too large for the median to be trusted.
         first_ms: The first call apart: compilation, layout, probing.
-        peak_mib: Peak memory of one call beyond its inputs and results, in a process of its own.
+        peak_mib: Peak memory of one call beyond q, k, v and results, in a process of its own; mask tensors and
+            layouts are counted.
         process_mib: Peak memory of that whole process.
         unique_tiles: Distinct bitmaps of a layout.
         error: Largest absolute difference from float64.

@@ -163,7 +163,8 @@ def resumable(path: Path, header: dict[str, Any]) -> Results | None:
         header: Header of the run that wants to continue.
 
     Returns:
-        The earlier results, ``None`` if there are none.
+        The earlier results, ``None`` if there are none. Cases with a row that failed or was not measured are left
+        out: they run again.
 
     Raises:
         ValueError: The earlier run was on another machine or software, or with other options, so that its
@@ -182,6 +183,9 @@ def resumable(path: Path, header: dict[str, Any]) -> Results | None:
                 f"resume: {found} was measured with another {part} ({name}: {theirs.get(name)!r} there, "
                 f"{mine.get(name)!r} here); choose another --out"
             )
+    again = {(r.suite, r.case) for r in earlier.rows if r.status == "failed" or r.verdict == "not measured"}
+    earlier.finished -= again
+    earlier.rows = [r for r in earlier.rows if (r.suite, r.case) in earlier.finished]
     return earlier
 
 

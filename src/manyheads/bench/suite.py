@@ -84,8 +84,9 @@ class Case:
         suite: Name of its suite.
         name: Unique in the suite, stable between runs (resuming finds finished cases by it).
         run: Called once with the context; returns all rows, refused ones included.
-        seconds: Expected duration, for the dry run and the progress bar.
+        seconds: Expected duration without that of ``needs``, for the dry run and the progress bar.
         providers: Who takes part, for the dry run.
+        needs: Cases whose rows it will ask the context for.
     """
 
     suite: str
@@ -93,11 +94,34 @@ class Case:
     run: Callable[[Context], list[Row]] = field(repr=False, compare=False)
     seconds: float = 1.0
     providers: tuple[str, ...] = ()
+    needs: tuple[Case, ...] = field(default=(), repr=False)
 
     @property
     def key(self) -> tuple[str, str]:
         """What identifies the case in a results file."""
         return (self.suite, self.name)
+
+
+def unfold(cases: Sequence[Case]) -> list[Case]:
+    """Every case that will run, once, in the order in which they end.
+
+    Args:
+        cases: What was asked for.
+
+    Returns:
+        These and what they need.
+
+    Example:
+        >>> a = Case("masks", "a", lambda c: [])
+        >>> b = Case("targets", "b", lambda c: [], needs=(a,))
+        >>> [case.name for case in unfold([b, a])]
+        ['a', 'b']
+    """
+    found: dict[tuple[str, str], Case] = {}
+    for case in cases:
+        for each in (*unfold(case.needs), case):
+            found.setdefault(each.key, each)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def _case(bar: Bar) -> Case:
     def run(context: Context) -> list[Row]:
         return bar.judge([context.rows(case) for case in bar.cases])
 
-    return Case("targets", bar.name, run, bar.seconds, (bars.OURS,))
+    return Case("targets", bar.name, run, 0.01, (bars.OURS,), bar.cases)
 
 
 def _draw(options: Options, bar: str) -> np.random.Generator:
@@ -93,7 +93,7 @@ def _dense(options: Options) -> list[Bar]:
             )
             words = f"dense forward (1,{heads},{n},{width}) {dtype} over SDPA"
             base = _base(stem, words, dtype=dtype, length=n)
-            made.append(Bar(f"bar-{stem}", measured, bars.dense(base, DENSE[dtype]), 12.0))
+            made.append(Bar(f"bar-{stem}", measured, bars.dense(base, DENSE[dtype])))
     return made
 
 
@@ -105,15 +105,14 @@ def _masks(options: Options) -> list[Bar]:
     for (n, heads, width), asked in (((8192, 8, 64), DTYPES), (drawn, dtypes)):
         for dtype in asked:
             found = [masks.case(name, n, dtype, options, heads=heads, width=width) for name in STATIC]
-            seconds = sum(case.seconds for case in found)
             where = f"N = {n}, {heads} heads, D {width}, {dtype}"
             stem = f"{n}x{heads}x{width}-{dtype}"
             base = _base(f"flex-{stem}", f"static masks over FlexAttention, {where}", dtype=dtype, length=n)
-            made.append(Bar(f"bar-flex-{stem}", tuple(found), bars.against_flex(base, STATIC, *FLEX[dtype]), seconds))
+            made.append(Bar(f"bar-flex-{stem}", tuple(found), bars.against_flex(base, STATIC, *FLEX[dtype])))
             base = _base(f"area-{stem}", f"cost follows area, {where}", dtype=dtype, length=n)
             whole = found[list(STATIC).index("full")]
             judge = bars.cost_follows_area(base, STATIC, *AREA[dtype])
-            made.append(Bar(f"bar-area-{stem}", (whole, *found), judge, 0.1))
+            made.append(Bar(f"bar-area-{stem}", (whole, *found), judge))
     return made
 
 
@@ -128,7 +127,7 @@ def _backward(options: Options) -> list[Bar]:
         problem = Problem(mask, tokens, phase="forward+backward", seed=options.seed)
         measured = _attention(stem, 60.0, problem, memory=True)
         base = _base(stem, f"forward + backward, causal window {window}, N = {tokens}", length=tokens)
-        made.append(Bar(f"bar-{stem}", (measured,), bars.backward(base, *BACKWARD), 60.0))
+        made.append(Bar(f"bar-{stem}", (measured,), bars.backward(base, *BACKWARD)))
     return made
 
 
@@ -157,7 +156,6 @@ def _layout(build: layouts.Build, length: int, ms: float, mib: float | None, lev
         f"bar-layout-{build.name}-{length}",
         (layouts.case(build, length),),
         bars.layout(base, ms, mib),
-        8.0,
         level,
     )
 
@@ -172,7 +170,7 @@ def _memory(options: Options) -> list[Bar]:
     ):
         measured = tuple(_peak(n, window, options) for n in lengths)
         base = _base(f"memory-{lengths[-1]}", f"memory of forward, one head, window({window})", length=lengths[-1])
-        made.append(Bar(f"bar-memory-{lengths[-1]}", measured, bars.linear_memory(base, lengths, MEMORY_GIB), 20.0))
+        made.append(Bar(f"bar-memory-{lengths[-1]}", measured, bars.linear_memory(base, lengths, MEMORY_GIB)))
     return made
 
 
@@ -199,7 +197,7 @@ def _overhead(options: Options) -> list[Bar]:
         words = f"overhead of attention(), ({','.join(map(str, shape))}) causal"
         base = _base("overhead-" + "x".join(map(str, shape)), words)
         case = overhead.case(shape, options)
-        made.append(Bar(f"bar-{base.case}", (case,), bars.overhead(base, OVERHEAD), case.seconds, "quick"))
+        made.append(Bar(f"bar-{base.case}", (case,), bars.overhead(base, OVERHEAD), "quick"))
     return made
 
 
@@ -212,7 +210,7 @@ def _packing(options: Options) -> list[Bar]:
     for documents, seed in ((512, None), drawn):
         case = encoder_case("float32", options, documents=documents, seed=seed)
         base = _base(f"packing-{documents}", f"packing {documents} documents, float32, sentences/s", dtype="float32")
-        made.append(Bar(f"bar-packing-{documents}", (case,), bars.packing(base, *PACKING), case.seconds))
+        made.append(Bar(f"bar-packing-{documents}", (case,), bars.packing(base, *PACKING)))
     return made
 
 

@@ -88,6 +88,7 @@ def interleave(
     rounds: tuple[int, int] = (5, 50),
     warmup: int = 1,
     inner: int = 1,
+    warm: bool = False,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:
     """Times several calls in turn: A, B, C, A, B, C, ...
@@ -102,6 +103,7 @@ def interleave(
         rounds: Fewest and most rounds; the fewest are run whatever the budget.
         warmup: Untimed rounds after the first call.
         inner: Calls per sample, for calls of microseconds; a sample is their mean.
+        warm: Whether every call has been made before, so that none is a first one.
         clock: Nanoseconds; replaced in tests.
 
     Returns:
@@ -118,7 +120,7 @@ def interleave(
     fewest, most = rounds
     if not calls or not 1 <= fewest <= most:
         raise ValueError(f"interleave: expected calls and 1 <= fewest <= most rounds, got {len(calls)}, {rounds}")
-    first = {name: _sample(call, 1, clock) for name, call in calls.items()}
+    first = {name: None if warm else _sample(call, 1, clock) for name, call in calls.items()}
     for _ in range(warmup):
         for call in calls.values():
             _sample(call, 1, clock)

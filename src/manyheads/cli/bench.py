@@ -14,10 +14,19 @@ from manyheads.bench.environment import environment, one_line
 from manyheads.bench.limits import Limits
 from manyheads.bench.runner import Outcome, Run
 from manyheads.bench.store import Results, Store, probe, resumable
-from manyheads.bench.suite import MODULES, Case, Options, load
+from manyheads.bench.suite import MODULES, Case, Options, load, unfold
 from manyheads.bench.workload import DTYPES, Problem
 from manyheads.common.errors import unknown
 from manyheads.mask import as_mask
+
+_UNDERSTOOD = {
+    "masks": ("masks", "layouts"),
+    "lengths": ("masks", "layouts"),
+    "dtypes": ("masks", "packing"),
+    "providers": ("masks", "layouts", "overhead", "packing"),
+    "input": ("masks",),
+}
+"""Which suites a choice applies to; the others are left out unless they are named."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,8 @@ def plan(request: Request) -> list[Case]:
         ValueError: An unknown suite, provider, mask or dtype, with the nearest name; or nothing is left to
             run.
     """
-    suites = [load(name) for name in request.suites or MODULES]
     options = request.options
+    suites = [load(name) for name in request.suites or _implied(options)]
     for dtype in options.dtypes:
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
@@ -117,6 +126,19 @@ def plan(request: Request) -> list[Case]:
     if not cases:
         raise ValueError("nothing to run: no case has the suites, providers and dtypes that were asked for")
     return cases
+
+
+def _implied(options: Options) -> tuple[str, ...]:
+    """The suites that a choice of something inside them leaves, where none is named."""
+    of = {
+        "masks": options.masks,
+        "lengths": options.lengths,
+        "dtypes": options.dtypes,
+        "providers": options.providers,
+        "input": options.input,
+    }
+    asked = [what for what, chosen in of.items() if chosen]
+    return tuple(name for name in MODULES if all(name in _UNDERSTOOD[what] for what in asked))
 
 
 def _open(out: Path, header: dict[str, Any], earlier: Results | None, options: Options) -> tuple[Store, Limits]:
@@ -154,7 +176,8 @@ def _close(outcome: Outcome, env: dict[str, Any], machine: Limits, path: Path, r
     print(f"{len(outcome.rows)} rows: {path}")
 
 
-def _say_plan(cases: Sequence[Case]) -> int:
+def _say_plan(asked: Sequence[Case]) -> int:
+    cases = unfold(asked)
     total = sum(case.seconds for case in cases)
     for case in cases:
         print(f"{case.suite}/{case.name}: {', '.join(case.providers)}, about {case.seconds:.0f} s")

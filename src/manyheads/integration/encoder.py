@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,23 @@ def load(name: str = BUNDLED, **options: Any) -> tuple[Any, Any]:
         options = {"local_files_only": True, **options}
     only = {key: value for key, value in options.items() if key == "local_files_only"}
     return AutoModel.from_pretrained(name, **options).eval(), AutoTokenizer.from_pretrained(name, **only)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers from drawing progress bars of its own for a while."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        yield
+        return
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def first_position(model: nn.Module) -> int:

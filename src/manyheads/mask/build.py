@@ -92,7 +92,12 @@ def _build(
     shape = _joint(mask, q_pos, k_pos, real, batch, heads)
     work = _Build(mask, q_pos, k_pos, real, tile, keyed)
     index = np.array([[work.set_of(b, h) for h in range(shape[1])] for b in range(shape[0])], dtype=np.int32)
-    kept = [_kept(pos, default) for pos, default in ((q_pos, np.arange(nk - nq, nk)), (k_pos, np.arange(nk)))]
+    given = positions or (None, None)
+    usual = not any(leaf._sets_positions for leaf in mask.leaves())
+    kept = [
+        None if own is None and usual else _kept(pos, start)
+        for own, pos, start in zip(given, (q_pos, k_pos), (nk - nq, 0), strict=True)
+    ]
     like = TileLayout(
         nq=nq,
         nk=nk,
@@ -140,12 +145,12 @@ class _Build:
     def _sides(self, mask: Mask, q: int, k: int) -> tuple[TiledSide, TiledSide]:
         if (mask, q, k) not in self.sides:
             nq, nk = self.size
-            self.sides = {
-                (mask, q, k): (
-                    TiledSide(mask.coords(self.q_pos[q], "q", nq), nq, self.tile[0]),
-                    TiledSide(mask.coords(self.k_pos[k], "k", nk), nk, self.tile[1]),
-                )
-            }
+            at_q, at_k = mask.coords(self.q_pos[q], "q", nq), mask.coords(self.k_pos[k], "k", nk)
+            side = TiledSide(at_q, nq, self.tile[0])
+            same = (nq, self.tile[0]) == (nk, self.tile[1]) and all(
+                np.array_equal(at_q[name], at_k[name]) for name in at_q
+            )
+            self.sides = {(mask, q, k): (side, side if same else TiledSide(at_k, nk, self.tile[1]))}
         return self.sides[mask, q, k]
 
     def _rows(self, mask: Mask, q: TiledSide, k: TiledSide) -> Runs:
@@ -210,10 +215,11 @@ def _joint(mask: Mask, q_pos: Array, k_pos: Array, real: Array | None, batch: in
     return max(sizes.values()), mask.shape[1]
 
 
-def _kept(pos: Array, default: Array) -> torch.Tensor | None:
-    """Positions for the layout: ``None`` for the default ones, one row when all rows are equal."""
+def _kept(pos: Array, start: int) -> torch.Tensor | None:
+    """Positions for the layout: ``None`` for consecutive ones from ``start``, one row when all rows are equal."""
     if len(pos) == 1 or (pos == pos[:1]).all():
-        return None if np.array_equal(pos[0], default) else torch.from_numpy(pos[0].copy())
+        usual = np.array_equal(pos[0], np.arange(start, start + pos.shape[1]))
+        return None if usual else torch.from_numpy(pos[0].copy())
     return torch.from_numpy(pos.copy())
 
 

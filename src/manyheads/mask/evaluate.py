@@ -58,7 +58,8 @@ class TileTable:
         ids = np.where(bits == 0, -1, np.where(bits == area, 0, 1))
         new = np.flatnonzero(ids == 1)
         final = np.zeros(len(head), dtype=np.int64)
-        for n in np.unique(number[new]):
+        used = np.unique(number[new])
+        for n in used[np.argsort(head[used])]:
             final[n] = self._ids.setdefault(flat[head[n]].tobytes(), len(self._ids) + 1)
         ids[new] = final[number[new]]
         return ids
@@ -134,7 +135,8 @@ def tile_ids(
 def evaluate(mask: Mask, q: TiledSide, k: TiledSide, i: Array, j: Array, table: TileTable) -> Array:
     """Ids of tiles by asking the mask about every pair, a cache-sized piece at a time."""
     out = np.empty(len(i), dtype=np.int64)
-    dtype: type = np.int32
+    ours = all(type(leaf).__module__.startswith(f"{__package__}.") for leaf in mask.leaves())
+    dtype: type = np.int32 if ours else np.int64  # rules of this library add and compare; others may multiply
     for lo in range(0, len(i), GROUP):
         part = slice(lo, lo + GROUP)
         ti, tj = i[part], j[part]

@@ -69,16 +69,17 @@ def to_runs(ids: torch.Tensor, ids_mask: torch.Tensor | None, grid: tuple[int, i
 def restrict(layout: TileLayout, other: TileLayout) -> TileLayout:
     """Drops the ids that ``other`` (runs, same tiles) does not visit, and gives the rest its bitmaps.
 
-    Shapes stay static and nothing waits for the device, unless both sides have many bitmaps.
+    Shapes stay static. Where ids have no bitmaps yet nothing waits for the device once ``other`` is there.
     """
     assert layout.ids is not None
     shape = torch.broadcast_shapes(layout.ids.shape[:2], other.index.shape)
     ids = layout.ids.expand(*shape, -1, -1)
     found = _visited(ids, other)
-    width = len(other.bits) + 1
-    own = 0 if layout.ids_mask is None else layout.ids_mask.expand_as(ids)
-    pair = (own * width + found).long()
-    id, bits = _pair_ids(pair, found >= 0, layout, other.bits.numpy())
+    if layout.ids_mask is None:
+        id, bits = found, other.to(ids.device).bits
+    else:
+        pair = (layout.ids_mask.expand_as(ids) * (len(other.bits) + 1) + found).long()
+        id, bits = _pair_ids(pair, found >= 0, layout, other.bits.numpy())
     ids = torch.where(id < 0, -1, ids)
     ids, counts, id = settle(ids, id.clamp(min=0))
     return replace(
@@ -87,7 +88,7 @@ def restrict(layout: TileLayout, other: TileLayout) -> TileLayout:
         ids=ids,
         ids_count=counts,
         ids_mask=id,
-        bits=torch.from_numpy(bits).to(ids.device),
+        bits=bits,
         q_pos=other.q_pos,
         k_pos=other.k_pos,
         batch=max(layout.batch, shape[0]),
@@ -97,7 +98,7 @@ def restrict(layout: TileLayout, other: TileLayout) -> TileLayout:
 
 def _pair_ids(
     pair: torch.Tensor, visited: torch.Tensor, layout: TileLayout, bits: np.ndarray
-) -> tuple[torch.Tensor, np.ndarray]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For each pair of ids (numbered row by row) its new id, -1 for none; and the new bitmaps."""
     from .retiling import pair_bits
 
@@ -111,21 +112,27 @@ def _pair_ids(
     id_a, id_b = np.divmod(used.numpy(), width)
     ids, bits = pair_bits(layout.bits.cpu().numpy(), bits, id_a, id_b, layout.tile)
     table = torch.from_numpy(np.append(ids, -1).astype(np.int32)).to(pair.device)
-    return torch.where(visited, table[pair], -1), bits
+    return torch.where(visited, table[pair], -1), torch.from_numpy(bits).to(pair.device)
 
 
 def _visited(ids: torch.Tensor, other: TileLayout) -> torch.Tensor:
     """The id that ``other`` gives to each chosen tile, -1 where it does not visit it."""
-    device, runs = ids.device, other.runs
-    if not len(runs.first):
+    if not len(other.first):
         return torch.full_like(ids, -1)
-    width = runs.width
-    start = runs.row * width + runs.first
-    parts = (start, start + runs.count, runs.id.astype(np.int32))
-    base, end, id = (torch.from_numpy(a).to(device) for a in parts)
-    index = other.index.to(device).expand(ids.shape[:2]).long()
-    row = index[..., None] * other.grid[0] + torch.arange(other.grid[0], device=device)
-    place = row[..., None] * width + ids
+    base, end, id, index = _search(other, ids.device)
+    row = index.expand(ids.shape[:2])[..., None] * other.grid[0] + torch.arange(other.grid[0], device=ids.device)
+    place = row[..., None] * other.grid[1] + ids
     at = (torch.searchsorted(base, place, right=True) - 1).clamp(min=0)
     inside = (ids >= 0) & (base[at] <= place) & (place < end[at])
     return torch.where(inside, id[at], -1)
+
+
+def _search(layout: TileLayout, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Begin, end and id of every run, numbered over the whole plane, and the index; kept per device."""
+    known = layout.__dict__.setdefault("_searched", {})
+    if device not in known:
+        runs = layout.runs
+        begin = runs.row * runs.width + runs.first
+        parts = (begin, begin + runs.count, runs.id.astype(np.int32))
+        known[device] = (*(torch.from_numpy(a).to(device) for a in parts), layout.index.to(device).long())
+    return known[device]

@@ -22,12 +22,12 @@ def counts(layout: TileLayout) -> tuple[int, int]:
     n_rows = layout.grid[0]
     height = np.minimum(layout.nq - np.arange(n_rows) * layout.tile[0], layout.tile[0])
     wide = np.minimum((rows.first + rows.count) * layout.tile[1], layout.nk) - rows.first * layout.tile[1]
-    bits = np.bitwise_count(layout.bits.numpy()).sum((1, 2), dtype=np.int64)
+    bits = np.bitwise_count(layout.bits.cpu().numpy()).sum((1, 2), dtype=np.int64)
     area = np.append(0, bits)[rows.id] * rows.count
     row = rows.row
     area = np.where(rows.id == 0, wide * height[row % n_rows] if n_rows else wide, area)
     owner = row // max(n_rows, 1)
-    uses = np.bincount(layout.index.reshape(-1).numpy(), minlength=layout.sets)
+    uses = np.bincount(layout.index.reshape(-1).cpu().numpy(), minlength=layout.sets)
     share = layout.batch * layout.heads // max(layout.index.numel(), 1)
     pairs = _sum_by(owner, area, layout.sets)
     visited = _sum_by(owner, rows.count, layout.sets)

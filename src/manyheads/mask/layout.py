@@ -160,8 +160,9 @@ class TileLayout:
     def runs(self) -> Runs:
         """The runs as numpy arrays, rows of all sets stacked."""
         rows = self.to_runs() if self.ids is not None else self
-        start = np.append(rows.rows[:, :-1].reshape(-1).numpy(), len(rows.first))
-        return Runs(start, rows.first.numpy(), rows.count.numpy(), rows.mask_id.numpy(), self.grid[1])
+        start = np.append(rows.rows[:, :-1].reshape(-1).cpu().numpy(), len(rows.first))
+        first, count, id = (t.cpu().numpy() for t in (rows.first, rows.count, rows.mask_id))
+        return Runs(start, first, count, id, self.grid[1])
 
     def spans(self, s: int) -> list[list[tuple[int, int, int]]]:
         """The runs of row set ``s``, per tile row a list of Python ints ``(first_tile, count, mask_id)``."""
@@ -219,7 +220,7 @@ class TileLayout:
     def _transpose(self) -> TileLayout:
         if self.ids is not None:
             return self.to_runs()._transpose()
-        bits = self.bits.numpy()
+        bits = self.bits.cpu().numpy()
         turned = [pack(unpack(part, self.tile[1]).transpose(0, 2, 1).copy()) for part in _parts(bits)]
         shape = (0, self.tile[1], -(-self.tile[0] // 8))
         q_pos, k_pos = (self.q_pos, self.k_pos) if self.nq == self.nk else self.positions
@@ -265,14 +266,19 @@ class TileLayout:
         return self.__dict__["_as_runs"]
 
     def to(self, device: torch.device | str) -> TileLayout:
-        """The layout with its tensors on ``device``."""
-        moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors().items()}
-        return replace(self, **moved)
+        """The layout with its tensors on ``device``; kept once made."""
+        device = torch.device(device)
+        known = self.__dict__.setdefault("_moved", {})
+        if device not in known:
+            moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors().items()}
+            known[device] = replace(self, **moved)
+        return known[device]
 
     def __and__(self, mask: Mask) -> TileLayout:
         """Keeps what ``mask`` also allows, exactly: tiles are dropped or given bitmaps.
 
-        In ids storage this happens where the ids are, with static shapes and without waiting for the device.
+        In ids storage this happens where the ids are, with static shapes; the first mask does not wait for
+        the device either, once its layout is there.
         """
         from .build import build
 

@@ -106,25 +106,31 @@ class TiledSide:
 
 
 def _shape_numbers(tiles: Array, ragged: bool) -> Array:
-    """Numbers tiles by shape, found by hash and confirmed value by value."""
-    weights = odd_weights(tiles.shape[1])
+    """Numbers tiles by shape, found by hash and confirmed value by value; most often all have the first one's."""
     tiles = np.ascontiguousarray(tiles, dtype=np.int64)
     origin = tiles[:, 0].copy()
-    code = np.einsum("tb,b->t", tiles.view(np.uint64), weights) - origin.view(np.uint64) * weights.sum()
-    _, head, number = np.unique(code, return_index=True, return_inverse=True)
-    for lo in range(0, len(tiles), 1 << 12):
-        part = slice(lo, lo + (1 << 12))
-        relative = tiles[part] - origin[part, None]
-        like = head[number[part]]
-        if (like == like[0]).all():
-            like = like[:1]
-        if not np.array_equal(np.broadcast_to(tiles[like] - origin[like, None], relative.shape), relative):
+    number = np.zeros(len(tiles), dtype=np.int64)
+    whole = len(tiles) - ragged
+    if not _confirmed(tiles[:whole], origin[:whole], number[:whole]):
+        weights = odd_weights(tiles.shape[1])
+        code = np.einsum("tb,b->t", tiles.view(np.uint64), weights) - origin.view(np.uint64) * weights.sum()
+        _, head, number = np.unique(code, return_index=True, return_inverse=True)
+        if not _confirmed(tiles, origin, head[number]):
             number = np.unique(tiles - origin[:, None], axis=0, return_inverse=True)[1].reshape(-1)
-            break
     if ragged:
-        number = number.copy()
         number[-1] = number.max() + 1
     return number
+
+
+def _confirmed(tiles: Array, origin: Array, like: Array) -> bool:
+    """Whether every tile has the shape of tile ``like``."""
+    for lo in range(0, len(tiles), 512):
+        part = slice(lo, lo + 512)
+        other = like[part][:1] if (like[part] == like[lo]).all() else like[part]
+        shape = tiles[other] - origin[other, None]
+        if not (tiles[part] - origin[part, None] == shape).all():
+            return False
+    return True
 
 
 def odd_weights(n: int) -> Array:

@@ -35,11 +35,10 @@ def tile_keys(mask: Mask, q: TiledSide, k: TiledSide, i: Array, j: Array) -> tup
             columns += sample
             lonely |= partial & ~known
             continue
-        reads = [(side, at) for name, side, at in (("q", q, i), ("k", k, j)) if name in getattr(leaf, "sides", "qk")]
         for axis in leaf.axes:
-            own = [side.shapes(axis)[at] for side, at in reads]
-            origins = [side.coords[axis][at, 0] for side, at in reads]
-            own += [origins[0] - origins[1]] if leaf.relative else origins
+            at_q, at_k = q.coords[axis][i, 0], k.coords[axis][j, 0]
+            own = [q.shapes(axis)[i], k.shapes(axis)[j]]
+            own += [at_q - at_k] if leaf.relative else [at_q, at_k]
             columns += [np.where(partial, column, 0) for column in own]
     return columns, lonely
 
@@ -79,13 +78,16 @@ def unique_rows(columns: list[Array]) -> tuple[Array, Array]:
     """Finds equal rows of a table given by int columns, by hash, confirmed value by value.
 
     Returns:
-        ``(head, number)``: one row per distinct value, and for every row which of them it equals.
+        ``(head, number)``: the first row of each distinct value, in order, and for every row which it equals.
     """
     code = np.zeros(len(columns[0]), dtype=np.uint64)
     for column, weight in zip(columns, odd_weights(len(columns)), strict=True):
         code += mixed(column.astype(np.int64, copy=False).view(np.uint64)) * weight
     _, head, number = np.unique(code, return_index=True, return_inverse=True)
-    if all(np.array_equal(column, column[head][number]) for column in columns):
-        return head, number
-    _, head, number = np.unique(np.stack(columns, 1), axis=0, return_index=True, return_inverse=True)
-    return head, number.reshape(-1)
+    if not all(np.array_equal(column, column[head][number]) for column in columns):
+        table = np.stack(columns, 1)
+        _, head, number = np.unique(table, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(head)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return head[order], rank[number.reshape(-1)]

@@ -5,7 +5,6 @@ Masks and layouts cross it as text and tensors, so a compiler never meets them a
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,9 +56,16 @@ def _problem(
     tile: Sequence[int],
     backend: str,
 ) -> Problem:
-    positions = None if q_pos is None or k_pos is None else (q_pos, k_pos)
-    size = (tile[0], tile[1]) if tile[0] else None
-    layout = layout_for(_value(mask, mask_data), q, k, positions, key_padding, size)
+    small = None if mask_data or q_pos is not None or key_padding is not None else (mask, q.shape, k.shape, tuple(tile))
+    layout = _small.get(small)
+    if layout is None:
+        positions = None if q_pos is None or k_pos is None else (q_pos, k_pos)
+        size = (tile[0], tile[1]) if tile[0] else None
+        layout = layout_for(_value(mask, mask_data), q, k, positions, key_padding, size)
+        if small is not None and q.shape[2] * k.shape[2] <= _SMALL_PAIRS:
+            if len(_small) > 256:
+                _small.clear()
+            _small[small] = layout
     terms = biases.unflatten(bias, bias_data)
     qp, kp = _positions(layout, q.device) if terms or dropout_p else (_NONE, _NONE)
     return Problem(
@@ -81,16 +87,19 @@ def _problem(
 
 
 _NONE = torch.empty(0, 0, dtype=torch.int64)
+_SMALL_PAIRS = 1 << 16
+_small: dict[object, TileLayout] = {}  # layouts so small that looking them up properly would cost more than their use
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    return BACKENDS[args[-1]].forward(_problem(*args))
+    out, lse = BACKENDS[args[-1]].forward(_problem(*args))
+    return out.contiguous(), lse.contiguous()  # the strides that tracing promises
 
 
 def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
     grads: Grads = BACKENDS[args[-1]].backward(_problem(*args), out, lse, dout, dlse)
     sink = [] if grads.sink is None else [grads.sink]
-    return [grads.q, grads.k, grads.v, *sink, *grads.terms]
+    return [g.contiguous() for g in (grads.q, grads.k, grads.v, *sink, *grads.terms)]
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -105,55 +114,51 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
 
 
-def _contiguous(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Results have the strides that tracing promises."""
+class _Recorded(torch.autograd.Function):
+    """One node for all tensors of a call; written out because generic recording costs more than a small call."""
 
-    @functools.wraps(f)
-    def wrapped(*args: Any) -> Any:
-        results = f(*args)
-        return type(results)(r if r.is_contiguous() else r.contiguous() for r in results)
+    @staticmethod
+    def forward(ctx: Any, rest: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        with _below_autograd():
+            out, lse = op(*_joined(rest, tensors))
+        ctx.rest = rest
+        ctx.save_for_backward(out, lse, *tensors)
+        return out, lse
 
-    return wrapped
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * (1 + len(tensors))
+        dout = torch.zeros_like(out) if dout is None else dout
+        backward = torch.ops.manyheads.tiled_backward.default
+        dq, dk, dv, *more = backward(dout, dlse, out, lse, *_joined(ctx.rest, tensors))
+        dsink = more.pop(0) if tensors[6] is not None else None
+        return (None, dq, dk, dv, None, None, None, dsink, None, *more)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    q, k, v, mask, mask_data, q_pos, k_pos, padding, bias, bias_data, sink, scale, cap, drop, seed, *rest = inputs
-    ctx.save_for_backward(q, k, v, out, lse, q_pos, k_pos, padding, sink, seed, *bias_data)
-    ctx.mask, ctx.mask_data, ctx.bias, ctx.numbers, ctx.rest = mask, mask_data, bias, (scale, cap, drop), rest
-    ctx.set_materialize_grads(False)
+def _joined(rest: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """The operator's arguments from those that are not tensors and those that are."""
+    mask, mask_data, bias, scale, softcap, dropout_p, *tail = rest
+    q, k, v, q_pos, k_pos, padding, sink, seed, *bias_data = tensors
+    positions = (q_pos, k_pos, padding)
+    return q, k, v, mask, mask_data, *positions, bias, bias_data, sink, scale, softcap, dropout_p, seed, *tail
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, q_pos, k_pos, padding, sink, seed, *bias_data = ctx.saved_tensors
-    if dout is None and dlse is None:
-        return (
-            *(None,) * 4,
-            [None] * len(ctx.mask_data),
-            *(None,) * 4,
-            [None] * len(bias_data),
-            *(None,) * 9,
-        )
-    dout = torch.zeros_like(out) if dout is None else dout
-    inputs = (
-        q,
-        k,
-        v,
-        ctx.mask,
-        ctx.mask_data,
-        q_pos,
-        k_pos,
-        padding,
-        ctx.bias,
-        bias_data,
-        sink,
-        *ctx.numbers,
-        seed,
-        *ctx.rest,
+def _record(*args: Any) -> tuple[Tensor, Tensor]:
+    """Records the call where some input needs gradients."""
+    q, k, v, mask, mask_data, q_pos, k_pos, padding, bias, bias_data, sink, scale, softcap, dropout_p, seed, *tail = (
+        args
     )
-    dq, dk, dv, *more = torch.ops.manyheads.tiled_backward.default(dout, dlse, out, lse, *inputs)
-    dsink = more.pop(0) if sink is not None else None
-    return (dq, dk, dv, None, [None] * len(ctx.mask_data), *(None,) * 4, more, dsink, *(None,) * 8)
+    if not torch.is_grad_enabled() or not torch._C._any_requires_grad(q, k, v, sink, *bias_data):
+        with _below_autograd():
+            return op(*args)
+    rest = (mask, mask_data, bias, scale, softcap, dropout_p, *tail)
+    return _Recorded.apply(rest, q, k, v, q_pos, k_pos, padding, sink, seed, *bias_data)
+
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _no_second(ctx: Any, *grads: Any) -> None:
@@ -180,14 +185,25 @@ def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 _library.impl("tiled", _autocast("cpu"), "AutocastCPU")
 _library.impl("tiled", _autocast("cuda"), "AutocastCUDA")
-_library.impl("tiled", _contiguous(_forward), "CompositeExplicitAutograd")
-_library.impl("tiled_backward", _contiguous(_backward), "CompositeExplicitAutograd")
+_library.impl("tiled", _forward, "CompositeExplicitAutograd")
+_library.impl("tiled_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("manyheads::tiled", _fake_forward)
 torch.library.register_fake("manyheads::tiled_backward", _fake_backward)
-torch.library.register_autograd("manyheads::tiled", _gradients, setup_context=_save)
+_library.impl("tiled", _record, "Autograd")
 torch.library.register_autograd("manyheads::tiled_backward", _no_second)
 torch.library.register_vmap("manyheads::tiled", _no_vmap)
 op = torch.ops.manyheads.tiled.default
+
+
+def call_plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: str, data: list[Tensor], scale: float, backend: str, grads: bool
+) -> tuple[Tensor, Tensor]:
+    """The operator without options; where nothing needs gradients, past the layer that would record them."""
+    rest: tuple[Any, ...] = ("", [], None, scale, 0.0, 0.0, None, 0.0, "softmax", (0, 0), backend)
+    if grads:
+        return op(q, k, v, mask, data, None, None, None, *rest)
+    with _below_autograd():
+        return op(q, k, v, mask, data, None, None, None, *rest)
 
 
 # --- from text and tensors back to values -----------------------------------------------------------------------

@@ -49,6 +49,7 @@ class Plan:
     pieces: dict[int, Any] = field(default_factory=dict)
     _masks: dict[int, Tensor] = field(default_factory=dict)
     _patterns: dict[tuple[object, ...], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _last: tuple[Any, ...] = (None, None, None)
     _groups: dict[tuple[int, int, int], list[Group]] = field(default_factory=dict)
 
     def groups(self, batch: int, heads: int, per_kv: int) -> list[Group]:
@@ -72,6 +73,8 @@ class Plan:
         Rows of a regular mask repeat the same pattern, so each distinct one is made once; a byte bound keeps
         irregular masks from hoarding memory.
         """
+        if self._last[0] is segments and self._last[1] is dtype:
+            return self._last[2]
         key = (tuple((s.k1 - s.k0, s.mask_id) for s in segments), rows, dtype)
         found = self._patterns.get(key)
         if found is None:
@@ -84,6 +87,7 @@ class Plan:
             if sum(t[0].nbytes for t in self._patterns.values()) > _PATTERN_BYTES:
                 self._patterns.clear()
             self._patterns[key] = found
+        self._last = segments, dtype, found
         return found
 
     def hide(self, s: Tensor, segments: tuple[Segment, ...], value: float | bool) -> None:

@@ -13,7 +13,7 @@ from .bias import Term
 from .weight import Weight
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that would cost microseconds on every call
 class Problem:
     """Everything that defines the result of one call of the engine.
 
