@@ -65,7 +65,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    return_lse: bool,
+    return_lse: bool = ...,
     mask: Mask | str | Tensor | None = ...,
     scale: float | None = ...,
     bias: Bias | Term | None = ...,
@@ -154,23 +154,6 @@ def attention(
         if run is not None:
             return run(q, k, v, scale)
     seed = torch.randint(2**62, (1,), generator=generator) if dropout_p else None
-    if isinstance(mask, str) and torch.compiler.is_compiling():  # a text is read inside the operator
-        return tiled(
-            q,
-            k,
-            v,
-            mask,
-            scale=scale,
-            bias=bias,
-            softcap=softcap,
-            sink=sink,
-            dropout_p=dropout_p,
-            seed=seed,
-            positions=positions,
-            key_padding=key_padding,
-            return_lse=return_lse,
-            backend=backend,
-        )
     call = checked(q, k, v, mask, scale, bias, softcap, sink, dropout_p, positions, key_padding, return_lse)
     chosen = choose(call, backend)
     run = remember(key, call, chosen) if key is not None else sdpa_runner(call) if chosen == "sdpa" else None

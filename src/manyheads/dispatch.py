@@ -12,10 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .common import checks
 from .common.errors import UnsupportedError, unknown
+from .common.tracing import constant
 from .engine.result import Attn
 from .engine.tiled import Bias, Term, flash, products
 from .engine.tiled.op import call_plain, layout_for
-from .mask import Causal, Full, Mask, as_mask
+from .mask import Causal, Full, Mask, as_mask, parse
 from .mask.show import later_warning
 
 BACKENDS = ("sdpa", "blocked", "reference")
@@ -150,11 +151,14 @@ def checked(
         checks.positions(positions, q, k)
     if key_padding is not None:
         checks.key_padding(key_padding, k)
-    value = as_mask(mask)
+    value = _read(mask) if isinstance(mask, str) else as_mask(mask)
     _check_mask_shape(value, q)
     plain = bias is None and softcap is None and sink is None and not dropout_p
     grads = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return Call(q, k, v, value, plain, positions is not None, key_padding is not None, return_lse, grads)
+
+
+_read = constant(parse)  # a compiler keeps the mask that a text names
 
 
 def _check_mask_shape(mask: Mask, q: Tensor) -> None:
@@ -271,13 +275,23 @@ def sdpa_runner(call: Call) -> Runner:
         )
     if call.q.shape[2] == 1 and groups > 1:
         return _rows_of_a_group
+    if call.needs_grad and call.q.dtype.itemsize > 2:
+        return _folded(causal, groups > 1)
     if groups > 1:
         return lambda q, k, v, scale: scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=True
         )
-    if causal:
-        return _causal
-    return _dense
+    return _causal if causal else _dense
+
+
+def _folded(causal: bool, grouped: bool) -> Runner:
+    """With gradients: the scale carried by the queries, for the sake of the fused kernel's rounding."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        q, rest = flash.folded(q, q.shape[3] ** -0.5 if scale is None else float(scale))
+        return scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale=rest, enable_gqa=grouped)
+
+    return run
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +92,18 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write .*run.jsonl: Not a directory|File exists"):
         Store(tmp_path / "file" / "run.jsonl", HEADER)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_fills_up_is_a_clear_error(tmp_path):
+    store = Store(tmp_path / "run.jsonl", HEADER)
+    healthy, store._file = store._file, open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(ValueError, match="No space left on device; it keeps the rows so far"):
+        store.case("masks", "a", [row("a")], 0.1)
+    with contextlib.suppress(OSError):
+        store._file.close()
+    store._file = healthy
+    store.close()
 
 
 @pytest.mark.parametrize(

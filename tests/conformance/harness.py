@@ -88,16 +88,25 @@ def plainly(spec: Spec, backend: str | None) -> Any:
     return lambda q, k, v, **options: call(spec, backend, Case(q, k, v, options))
 
 
-def assert_same(spec: Spec, case: Case, ways: dict[str, Any], *, lse: bool = True) -> None:
-    """Holds each way of computing a call, in value, lse and gradients, to the budget of its reference."""
+def assert_same(
+    spec: Spec, case: Case, ways: dict[str, Any], *, lse: bool = True, origin: Case | None = None
+) -> None:
+    """Holds each way of computing a call, in value, lse and gradients, to the budget of its reference.
+
+    ``origin`` is the float64 draw that half-precision inputs were rounded from. The lse of half-precision inputs is
+    judged against it: torch's fused CPU kernel approximates the exponential to some 5e-5 there, far below
+    what the rounding of the inputs moves, and far above float32.
+    """
     exact = results(spec.reference, spec, as_dtype(case, torch.float64), lse=lse)
+    if origin is not None and "lse" in exact:
+        exact["lse"] = results(spec.reference, spec, origin)["lse"]
     plain = results(spec.reference, spec, case, lse=lse)
     for name, way in ways.items():
         for part, value in results(way, spec, case, lse=lse).items():
             assert_within_budget(value, exact[part], plain[part], what=f"{spec.slug}, {name}: {part}")
 
 
-def assert_conforms(spec: Spec, backend: str | None, case: Case) -> None:
+def assert_conforms(spec: Spec, backend: str | None, case: Case, origin: Case | None = None) -> None:
     """Holds a backend to the budget of the reference; an optional one may have no differentiable lse."""
     lse = backend is None or backend in ALWAYS
-    assert_same(spec, case, {backend or "alone": plainly(spec, backend)}, lse=lse)
+    assert_same(spec, case, {backend or "alone": plainly(spec, backend)}, lse=lse, origin=origin)

@@ -151,8 +151,11 @@ class Store:
         return self.path
 
     def _append(self, lines: list[str]) -> None:
-        self._file.write("".join(line + "\n" for line in lines))
-        self._file.flush()
+        try:
+            self._file.write("".join(line + "\n" for line in lines))
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(f"out: cannot write {self.partial}: {_why(error)}; it keeps the rows so far") from None
 
 
 def resumable(path: Path, header: dict[str, Any]) -> Results | None:

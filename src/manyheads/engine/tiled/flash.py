@@ -40,10 +40,11 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     plan = plan_of(p.layout)
     b, h, nq, dv = *p.q.shape[:3], p.v.shape[3]
     q, k, v = _equal_widths(p.q, p.k, p.v)
+    q, scale = folded(q, p.scale)
     groups = plan.groups(b, h, p.group)
     if len(groups) == 1 and len(plan.rows[0]) == 1:  # a small call: no copies
         (one,) = pieces_of(plan, 0)
-        out, lse = _piece(plan, one, q, k, v, p.scale)
+        out, lse = _piece(plan, one, q, k, v, scale)
         return _with_sink(p, out[..., :dv], lse)
     out = p.v.new_empty(b, h, nq, v.shape[3])
     lse = p.q.new_empty(b, h, nq, dtype=p.accumulate)
@@ -51,12 +52,23 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         keys, values = k[group.b, kv_heads(group.h, p.group)], v[group.b, kv_heads(group.h, p.group)]
         for part in pieces_of(plan, group.row_set):
             at = (group.b, group.h, slice(part.q0, part.q1))
-            o, stats = _piece(plan, part, q[at], keys, values, p.scale)
+            o, stats = _piece(plan, part, q[at], keys, values, scale)
             if part.first:
                 out[at], lse[at] = o, stats
             else:
                 _merge_into(out[at], lse[at], o, stats)
     return _with_sink(p, out[..., :dv], lse)
+
+
+def folded(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries that carry the scale, where that loses nothing, and what is left of it.
+
+    The fused kernel rounds ``scale * s`` differently in its forward and backward; a scale that is a power of two
+    rounds nothing, and half-precision queries could not hold another one.
+    """
+    if q.dtype.itemsize == 2 or abs(math.frexp(scale)[0]) in (0.0, 0.5):
+        return q, scale
+    return q * scale, 1.0
 
 
 def _with_sink(p: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +91,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
         dout = pad(dout, (0, 2), value=1.0)
         v = pad(v, (0, 2))
     q, k, v = _equal_widths(p.q, p.k, v)
+    q, scale = folded(q, p.scale)
     out, dout = pad(out, (0, q.shape[3] - out.shape[3])), pad(dout, (0, q.shape[3] - dout.shape[3]))
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     dq = torch.zeros_like(q)
@@ -92,11 +105,13 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
             keys, values = fetch(k[group.b, kv], part.segments), fetch(v[group.b, kv], part.segments)
             mask = plan.pattern(part.segments, part.q1 - part.q0, q.dtype)[0] if part.masked else None
             grads = _backward(  # type: ignore[misc]
-                dout[at], q[at], keys, values, out[at], lse[at], 0.0, False, attn_mask=mask, scale=p.scale
+                dout[at], q[at], keys, values, out[at], lse[at], 0.0, False, attn_mask=mask, scale=scale
             )
             dq[at] += grads[0]
             scatter(dk[group.b, kv], grads[1], part.segments)
             scatter(dv_[group.b, kv], grads[2], part.segments)
+    if scale != p.scale:
+        dq.mul_(p.scale)
     return Grads(dq[..., :d], dk[..., :d].to(p.k.dtype), dv_[..., :dv].to(p.v.dtype))
 
 

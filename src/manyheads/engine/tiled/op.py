@@ -262,9 +262,5 @@ def layout_for(
 
 def _positions(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """Logical positions with a leading batch dimension, on the device of the scores."""
-    q_pos, k_pos = layout.q_pos, layout.k_pos
-    if q_pos is None:
-        q_pos = torch.arange(layout.nk - layout.nq, layout.nk)
-    if k_pos is None:
-        k_pos = torch.arange(layout.nk)
+    q_pos, k_pos = layout.positions
     return q_pos.to(device).view(-1, layout.nq), k_pos.to(device).view(-1, layout.nk)

@@ -110,7 +110,7 @@ def _reduced_precision() -> Iterator[bool]:
     The flag is process-wide, so it is raised only while this is the only Python thread, and always lowered again;
     otherwise nothing changes and the product is a float32 one.
     """
-    if threading.active_count() > 1 or not _flag_lock.acquire(blocking=False):
+    if not _alone() or not _flag_lock.acquire(blocking=False):
         yield False
         return
     before = torch.get_float32_matmul_precision()
@@ -120,6 +120,11 @@ def _reduced_precision() -> Iterator[bool]:
     finally:
         torch.set_float32_matmul_precision(before)
         _flag_lock.release()
+
+
+def _alone() -> bool:
+    """Whether no other Python thread could multiply meanwhile; a progress bar's monitor never does."""
+    return all(t is threading.current_thread() or type(t).__module__.startswith("tqdm") for t in threading.enumerate())
 
 
 # --- probes -----------------------------------------------------------------------------------------------------
