@@ -151,7 +151,7 @@ def test_packed_decoders_keep_documents_apart(name):
     ids = [tokens(1, 13)[:, a:b] for a, b in ((0, 5), (5, 6), (6, 13))]
     places = torch.cat([torch.arange(n) for n in lengths])[None]
     row = torch.cat(ids, 1)
-    with torch.no_grad():
+    with torch.inference_mode():
         alone = torch.cat([model(each).logits for each in ids], 1)
         detected = model(row, position_ids=places, use_cache=False).logits
         with documents(lengths):

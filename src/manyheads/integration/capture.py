@@ -294,7 +294,8 @@ def _title(model: Any) -> str:
     name = str(getattr(model.config, "_name_or_path", "") or "")
     if not name:
         return type(model).__name__
-    return "/".join(Path(name).parts[-2:]) if os.path.isabs(name) else name
+    folder = os.path.isabs(name) or Path(name).is_dir()
+    return "/".join(Path(name).parts[-2:]) if folder else name
 
 
 def _safetensors() -> Any:

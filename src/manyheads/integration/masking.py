@@ -101,12 +101,30 @@ def documents(lengths: Any) -> Iterator[Document]:
         ...     print(mask)
         document([3, 2])
     """
-    mask = lengths if isinstance(lengths, Document) else Document(lengths)
+    mask = document(lengths)
     token = _documents.set(mask)
     try:
         yield mask
     finally:
         _documents.reset(token)
+
+
+def document(q_lens: Any, k_lens: Any = None) -> Document:
+    """Makes a `Document`, also inside ``torch.inference_mode``: masks outlive the pass that they are made in.
+
+    Args:
+        q_lens: Document lengths on the query side, or a ``Document``.
+        k_lens: Those on the key side when they differ.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     print(document([1, 2]))
+        document([1, 2])
+    """
+    if isinstance(q_lens, Document):
+        return q_lens
+    with torch.inference_mode(False):
+        return Document(q_lens, k_lens)
 
 
 def current_documents() -> Document | None:
@@ -204,7 +222,7 @@ def _chunked(given: dict[str, Any]) -> Mask:
 def _packed(given: dict[str, Any]) -> Mask:
     owners = given["packed_sequence_mask"].cpu()
     lengths = torch.stack([torch.bincount(row, minlength=int(owners.max()) + 1) for row in owners])
-    return Document(lengths[0] if bool((lengths == lengths[0]).all()) else lengths)
+    return document(lengths[0] if bool((lengths == lengths[0]).all()) else lengths)
 
 
 def _remapped(given: dict[str, Any]) -> Mask:

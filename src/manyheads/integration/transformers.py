@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from manyheads.attention import attention
 from manyheads.common.errors import UnsupportedError, missing_extra, unknown
 from manyheads.engine.tiled import Bias, Pair
-from manyheads.integration.masking import MaskCarrier, Visibility, carry_mask, current_documents, documents
+from manyheads.integration.masking import (
+    MaskCarrier,
+    Visibility,
+    carry_mask,
+    current_documents,
+    document,
+    documents,
+)
 from manyheads.mask import Causal, Document, Full, Mask, Window
 from manyheads.mask.text import as_mask
 
@@ -233,7 +240,7 @@ def _packed(given: dict[str, Any]) -> Document | None:
     if starts is None:
         return None
     ends = given.get("cu_seq_lens_k")
-    return Document(starts.diff().cpu(), None if ends is None else ends.diff().cpu())
+    return document(starts.diff().cpu(), None if ends is None else ends.diff().cpu())
 
 
 def _both(first: Mask, second: Mask) -> Mask:

@@ -12,7 +12,8 @@ class Sized(Protocol):
     """What the cache holds: anything that knows how many bytes it keeps alive, which may grow."""
 
     @property
-    def held_bytes(self) -> int: ...
+    def held_bytes(self) -> int:
+        """Bytes that the value keeps alive now."""
 
 
 V = TypeVar("V", bound=Sized)

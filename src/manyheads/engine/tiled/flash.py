@@ -38,17 +38,16 @@ def whole(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-normaliser, piece by piece."""
     plan = plan_of(p.layout)
-    b, h, nq, dv = *p.q.shape[:3], p.v.shape[3]
-    q, k, v = _equal_widths(p.q, p.k, p.v)
+    b, h, nq, d = p.q.shape
+    dv = p.v.shape[3]
+    q, k, v = (p.q, p.k, p.v) if d == dv else _equal_widths(p.q, p.k, p.v)
     q, scale = folded(q, p.scale)
-    groups = plan.groups(b, h, p.group)
-    if len(groups) == 1 and len(plan.rows[0]) == 1:  # a small call: no copies
-        (one,) = pieces_of(plan, 0)
-        out, lse = _piece(plan, one, q, k, v, scale)
-        return _with_sink(p, out[..., :dv], lse)
+    if plan.single:  # a small call: no copies
+        out, lse = _piece(plan, pieces_of(plan, 0)[0], q, k, v, scale)
+        return _with_sink(p, out if d <= dv else out[..., :dv], lse)
     out = p.v.new_empty(b, h, nq, v.shape[3])
     lse = p.q.new_empty(b, h, nq, dtype=p.accumulate)
-    for group in groups:
+    for group in plan.groups(b, h, p.group):
         keys, values = k[group.b, kv_heads(group.h, p.group)], v[group.b, kv_heads(group.h, p.group)]
         for part in pieces_of(plan, group.row_set):
             at = (group.b, group.h, slice(part.q0, part.q1))

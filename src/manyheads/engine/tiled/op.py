@@ -55,13 +55,16 @@ def _problem(
     weight: str,
     tile: Sequence[int],
     backend: str,
+    backward: bool = False,
 ) -> Problem:
-    small = None if mask_data or q_pos is not None or key_padding is not None else (mask, q.shape, k.shape, tuple(tile))
+    small = (
+        None if mask_data or q_pos is not None or key_padding is not None else (mask, q.shape, k.shape, *tile, backward)
+    )
     layout = _small.get(small)
     if layout is None:
         positions = None if q_pos is None or k_pos is None else (q_pos, k_pos)
         size = (tile[0], tile[1]) if tile[0] else None
-        layout = layout_for(_value(mask, mask_data), q, k, positions, key_padding, size)
+        layout = layout_for(_value(mask, mask_data), q, k, positions, key_padding, size, backward)
         if small is not None and q.shape[2] * k.shape[2] <= _SMALL_PAIRS:
             if len(_small) > 256:
                 _small.clear()
@@ -93,11 +96,13 @@ _small: dict[object, TileLayout] = {}  # layouts so small that looking them up p
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     out, lse = BACKENDS[args[-1]].forward(_problem(*args))
+    if out.is_contiguous() and lse.is_contiguous():
+        return out, lse
     return out.contiguous(), lse.contiguous()  # the strides that tracing promises
 
 
 def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
-    grads: Grads = BACKENDS[args[-1]].backward(_problem(*args), out, lse, dout, dlse)
+    grads: Grads = BACKENDS[args[-1]].backward(_problem(*args, True), out, lse, dout, dlse)
     sink = [] if grads.sink is None else [grads.sink]
     return [g.contiguous() for g in (grads.q, grads.k, grads.v, *sink, *grads.terms)]
 
@@ -237,6 +242,7 @@ def layout_for(
     positions: tuple[Tensor, Tensor] | None = None,
     key_padding: Tensor | None = None,
     tile: tuple[int, int] | None = None,
+    backward: bool = False,
 ) -> TileLayout:
     """The layout that a call visits; with no tile given, the cheapest of some sizes.
 
@@ -246,6 +252,7 @@ def layout_for(
         positions: Logical positions, or None for the mask's default.
         key_padding: bool ``(B, Nk)``, True for real keys.
         tile: Queries and keys per tile, or None for the engine's choice.
+        backward: Whether the choice is for the gradients.
 
     Returns:
         The layout, from a cache when it was built before.
@@ -257,7 +264,7 @@ def layout_for(
     def made(size: tuple[int, int]) -> TileLayout:
         return build(mask, nq, nk, tile=size, positions=positions, key_padding=key_padding, batch=batch, heads=heads)
 
-    return made(tile) if tile is not None else cheapest(made, nq)
+    return made(tile) if tile is not None else cheapest(made, nq, backward)
 
 
 def _positions(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor]:

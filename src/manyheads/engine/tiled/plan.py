@@ -52,6 +52,11 @@ class Plan:
     _last: tuple[Any, ...] = (None, None, None)
     _groups: dict[tuple[int, int, int], list[Group]] = field(default_factory=dict)
 
+    @property
+    def single(self) -> bool:
+        """Whether one row of tiles serves every batch entry and head."""
+        return len(self.rows) == 1 and len(self.rows[0]) == 1
+
     def groups(self, batch: int, heads: int, per_kv: int) -> list[Group]:
         """The largest rectangles of batches and heads that share a row set and whole groups of key heads."""
         key = (batch, heads, per_kv)
@@ -170,7 +175,7 @@ def _whole_groups(h0: int, h1: int, per_kv: int) -> Iterator[slice]:
         yield slice(last, h1)
 
 
-def cheapest(made: Callable[[tuple[int, int]], TileLayout], nq: int) -> TileLayout:
+def cheapest(made: Callable[[tuple[int, int]], TileLayout], nq: int, backward: bool = False) -> TileLayout:
     """The layout that the blocked backend should visit, among tiles of several sizes.
 
     Large tiles run faster for each pair, small ones visit fewer pairs that nobody sees: short documents and narrow
@@ -179,6 +184,7 @@ def cheapest(made: Callable[[tuple[int, int]], TileLayout], nq: int) -> TileLayo
     Args:
         made: Builds the layout of a tile size (cheap: layouts are cached).
         nq: Queries.
+        backward: For the gradients, which favour large tiles more.
 
     Returns:
         The layout of the lowest predicted cost.
@@ -186,9 +192,9 @@ def cheapest(made: Callable[[tuple[int, int]], TileLayout], nq: int) -> TileLayo
     if nq <= 64:
         return made((max(nq, 1) if nq <= 16 else 64, 64))
     best: tuple[float, TileLayout] | None = None
-    for size, penalty in _TILES:
+    for size, *penalties in _TILES:
         layout = made(size)
-        cost = layout.visited * size[0] * size[1] * penalty
+        cost = layout.visited * size[0] * size[1] * penalties[backward]
         if best is None or cost < best[0]:
             best = cost, layout
         if layout.density * layout.nk > _LONG_ROW:
@@ -197,7 +203,7 @@ def cheapest(made: Callable[[tuple[int, int]], TileLayout], nq: int) -> TileLayo
     return best[1]
 
 
-_TILES = (((256, 64), 1.0), ((128, 64), 1.12), ((64, 32), 1.35))  # relative time for each pair visited
+_TILES = (((256, 64), 1.0, 1.0), ((128, 64), 1.12, 1.25), ((64, 32), 1.35, 1.6))  # time of a pair, forward and back
 _LONG_ROW = 2048  # keys of an average row from which small tiles cannot pay
 
 

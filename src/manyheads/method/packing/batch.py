@@ -50,7 +50,8 @@ class PackedBatch:
 
     def mask(self) -> Document:
         """The mask that keeps sequences apart, for an attention call on ``(B, H, S, D)``."""
-        return Document(self.document_lengths)
+        with torch.inference_mode(False):  # the mask outlives the pass that it is made in
+            return Document(self.document_lengths)
 
     def dense(self) -> Tensor:
         """The same mask as booleans ``(B, 1, S, S)``, ``M[i, j] = (sequence_ids[i] == sequence_ids[j])``."""
