@@ -102,7 +102,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
-    grads: Grads = BACKENDS[args[-1]].backward(_problem(*args, True), out, lse, dout, dlse)
+    grads: Grads = BACKENDS[args[-1]].backward(_problem(*args, True), out, lse, dout, dlse)  # type: ignore[call-arg]
     sink = [] if grads.sink is None else [grads.sink]
     return [g.contiguous() for g in (grads.q, grads.k, grads.v, *sink, *grads.terms)]
 
