@@ -197,9 +197,10 @@ class Prefix(_PerDocument):
         [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]]
     """
 
-    __slots__ = ("_length", "_lens", "side")
+    __slots__ = ("_length", "_lens", "_limit", "side")
     side: str
     _length: Datum
+    _limit: int  # a plain number, which a compiler can read; of a batch of lengths, never used
     _lens: Datum | None
 
     def __init__(self, length: Any, side: Literal["key", "query"] = "key", lens: Any = None) -> None:
@@ -219,6 +220,7 @@ class Prefix(_PerDocument):
             raise ValueError("length: expected at least one length")
         _set(self, "side", side)
         _set(self, "_length", datum)
+        _set(self, "_limit", int(datum.array) if datum.array.ndim == 0 else -1)
         _set(self, "_lens", found)
         _set(self, "axes", (side if found is None else f"{side}@{found.short}",))
         self._finish((batch, 1), (datum,) if found is None else _unique(datum, found))
@@ -246,12 +248,11 @@ class Prefix(_PerDocument):
         return {self.axes[0]: one_sided(place, side, self.side[0])}
 
     def _allows(self, q: Coords, k: Coords) -> Any:
-        return (k if self.side == "key" else q)[self.axes[0]] < int(self._length.array)
+        return (k if self.side == "key" else q)[self.axes[0]] < self._limit
 
     def _classify(self, q: Box, k: Box) -> tuple[Any, Any]:
         low, high = (k if self.side == "key" else q)[self.axes[0]]
-        length = int(self._length.array)
-        return low < length, high < length
+        return low < self._limit, high < self._limit
 
     def _extents(self) -> tuple[Extent, ...]:
         return () if self._lens is None else super()._extents()

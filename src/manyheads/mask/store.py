@@ -28,7 +28,8 @@ class Datum:
 
     def __init__(self, array: np.ndarray, digest: bytes) -> None:
         """Takes over ``array``; nobody else may hold it."""
-        self.tensor = torch.from_numpy(array)
+        with torch.inference_mode(False):  # data made there would have no version to check
+            self.tensor = torch.from_numpy(array)
         self.version = self.tensor._version
         array.flags.writeable = False
         self.array = array

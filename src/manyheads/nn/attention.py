@@ -280,9 +280,7 @@ class Attention(nn.Module):
 
     def _weights(self, q: Tensor, k: Tensor, asked: dict[str, Any]) -> Tensor:
         if self.core is not attention:
-            raise UnsupportedError(
-                "need_weights: only the exact core has weights to return; pass need_weights=False"
-            )
+            raise UnsupportedError("need_weights: only the exact core has weights to return; pass need_weights=False")
         if "bias" not in asked:
             return attention_weights(q, k, **asked)
         units = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)  # what is averaged are the weights
@@ -323,9 +321,7 @@ def _hidden_keys(given: Tensor, k: Tensor) -> Tensor:
     """A ``key_padding_mask`` as a boolean (B, Nk), True at padding."""
     batched = given[None] if given.dim() == 1 else given
     if tuple(batched.shape) != (k.shape[0], k.shape[2]):
-        raise ValueError(
-            f"key_padding_mask: expected (B, Nk) = {(k.shape[0], k.shape[2])}, got {tuple(given.shape)}"
-        )
+        raise ValueError(f"key_padding_mask: expected (B, Nk) = {(k.shape[0], k.shape[2])}, got {tuple(given.shape)}")
     if batched.dtype == torch.bool:
         return batched
     hidden = batched == float("-inf")

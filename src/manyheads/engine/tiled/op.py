@@ -58,7 +58,9 @@ def _problem(
     backward: bool = False,
 ) -> Problem:
     small = (
-        None if mask_data or q_pos is not None or key_padding is not None else (mask, q.shape, k.shape, *tile, backward)
+        None
+        if mask_data or q_pos is not None or key_padding is not None
+        else (mask, q.shape, k.shape, *tile, q.dtype, backward)
     )
     layout = _small.get(small)
     if layout is None:
@@ -248,7 +250,7 @@ def layout_for(
 
     Args:
         mask: A mask, or a layout, which is returned as it is.
-        q, k: The call's queries and keys; only their shapes are read.
+        q, k: The call's queries and keys; only their shapes and dtype are read.
         positions: Logical positions, or None for the mask's default.
         key_padding: bool ``(B, Nk)``, True for real keys.
         tile: Queries and keys per tile, or None for the engine's choice.
@@ -264,7 +266,7 @@ def layout_for(
     def made(size: tuple[int, int]) -> TileLayout:
         return build(mask, nq, nk, tile=size, positions=positions, key_padding=key_padding, batch=batch, heads=heads)
 
-    return made(tile) if tile is not None else cheapest(made, nq, backward)
+    return made(tile) if tile is not None else cheapest(made, nq, q.dtype.itemsize == 2, backward)
 
 
 def _positions(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from .plan import Plan, Row, Segment
 
 _TALL = 1024  # queries of a piece that many rows share: the fused kernel is faster for tall pieces
 _SHARED = 512  # keys from which a shared piece pays for one more merge
-_SPLIT = 1024  # unmasked keys of a row from which they are worth a call of their own
+_SPLIT = 2048  # unmasked keys of a row from which they are worth a call of their own
 
 
 class Piece(NamedTuple):

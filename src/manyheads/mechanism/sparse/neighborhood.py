@@ -141,9 +141,7 @@ def _window(size: Size) -> tuple[int, ...]:
 def _as_exact(case: Case) -> Case:
     names = ("stride", "dilation", "causal")
     more = {name: case.options[name] for name in names if name in case.options}
-    return case._replace(
-        options={"mask": Neighborhood(case.options["shape"], case.options["window"], **more)}
-    )
+    return case._replace(options={"mask": Neighborhood(case.options["shape"], case.options["window"], **more)})
 
 
 SPEC = Spec(
