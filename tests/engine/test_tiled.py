@@ -107,6 +107,14 @@ def test_more_queries_than_keys_leave_empty_rows(way, generator):
     assert (lse[:, :, : NK - NQ] == -math.inf).all()
 
 
+def test_rows_that_see_nothing_pass_no_gradient_whatever_comes_in(way, generator):
+    q, k, v = (t.float().requires_grad_() for t in make(generator, nq=NK, nk=NQ)[:3])
+    out, lse = tiled(q, k, v, Causal(), return_lse=True)
+    grads = torch.autograd.grad([out, lse], [q, k, v], [torch.ones_like(out), torch.exp(lse) / torch.exp(lse)])
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][:, :, : NK - NQ] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sink_joins_the_normaliser(dtype, way, generator):
     sink = torch.randn(H, generator=generator, dtype=torch.float64)

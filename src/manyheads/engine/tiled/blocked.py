@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from . import flash, passes, products
@@ -19,5 +21,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Grads:
-    """Gradients of a problem from its saved output and log-normaliser."""
+    """Gradients of a problem from its saved output and log-normaliser; rows that see nothing have none."""
+    if dlse is not None:
+        dlse = dlse.masked_fill(lse == -math.inf, 0.0)
     return (flash if uses_fused(p) and p.sink is None else passes).backward(p, out, lse, dout, dlse)

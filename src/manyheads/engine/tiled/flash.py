@@ -91,7 +91,8 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
         v = pad(v, (0, 2))
     q, k, v = _equal_widths(p.q, p.k, v)
     q, scale = folded(q, p.scale)
-    out, dout = pad(out, (0, q.shape[3] - out.shape[3])), pad(dout, (0, q.shape[3] - dout.shape[3]))
+    if q.shape[3] > out.shape[3]:
+        out, dout = (pad(t, (0, q.shape[3] - t.shape[3])) for t in (out, dout))
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     dq = torch.zeros_like(q)
     dk, dv_ = (torch.zeros_like(t, dtype=p.accumulate) for t in (k, v))
