@@ -194,6 +194,8 @@ def cheapest(
     """
     if nq <= 64:
         return made((max(nq, 1) if nq <= 16 else 64, 64))
+    if nq <= _TILES[0][0]:
+        return made(_TILES[0])  # one row of tiles: a second call would cost more than it saves
     best: tuple[float, TileLayout] | None = None
     for size, penalty in zip(_TILES, _PENALTIES[half, backward], strict=True):
         layout = made(size)
