@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import zlib
 
 import pytest
 import torch
 
 from manyheads.mask import Document, PerHead, as_mask
-from manyheads.testing import nan_poisoned
+from manyheads.testing import SEED_VARIABLE, nan_poisoned, seed_for
 from tests.conformance.harness import assert_conforms, base, call, pairs, plainly, results, with_options
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
-def size(spec, seed, device):
-    """A small size with the seed of this test."""
+def size(spec, request, device):
+    """A small size, drawn the same every day: on some days' draws two honest roundings differ by more than a factor
+    of two in their largest entry, and a budget says nothing then. ``MANYHEADS_SEED`` draws anew."""
+    name = request.node.nodeid
+    seed = seed_for(name) if SEED_VARIABLE in os.environ else zlib.crc32(name.encode()) & 0x7FFFFFFF
     return base(spec, seed=seed, device=device)
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "causal & (window(9) | sink(2))"])
+@pytest.mark.parametrize(("spec", "backend"), pairs())
+def test_every_day_anew_in_float64(spec, backend, mask, seed, device):
+    if mask and not spec.declares("mask"):
+        pytest.skip("declares no masks")
+    case = spec.inputs(base(spec, seed=seed, device=device, dtype=torch.float64, queries=30 + seed % 90))
+    case = with_options(case, mask=mask) if mask else case
+    lse = backend in ("reference", "blocked")
+    got, want = (results(f, spec, case, lse=lse) for f in (plainly(spec, backend), spec.reference))
+    for part, value in got.items():
+        torch.testing.assert_close(value, want[part], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("deviation", [1.0, 8.0])
