@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import sys
+
+# kernels run in Triton's interpreter unless the tests have a GPU; read when triton is first imported, and inherited
+# by the processes of a parallel run
+if "PYTEST_XDIST_WORKER" not in os.environ and "cuda" not in " ".join(sys.argv):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -19,10 +19,12 @@ B, H, HKV, NQ, NK = 2, 6, 2, 70, 130
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=["fused", "passes"])
+@pytest.fixture(params=["fused", "passes", "triton"])
 def way(request, monkeypatch):
-    """Both ways of computing a piece, whichever wins on this machine."""
+    """The kernels, and both ways of computing a piece without them, whichever wins on this machine."""
     monkeypatch.setattr(products, "fused_wins", lambda dtype: request.param == "fused")
+    if request.param == "triton":
+        pytest.importorskip("triton")
     return request.param
 
 
@@ -62,11 +64,20 @@ def run(inputs, mask, dtype, backend, extra=(), lse=True, **options):
     return dict(zip(names, [out.detach(), *([stats.detach()] if lse else []), *grads], strict=True))
 
 
-def check(inputs, mask, dtype, extra=(), **options):
-    """Blocked within budget of the reference backend in float64."""
+def backend_of(way):
+    """The backend of a way of computing."""
+    return "triton" if way == "triton" else "blocked"
+
+
+def check(inputs, mask, dtype, extra=(), way="passes", **options):
+    """A backend within budget of the reference backend in float64."""
+    backend = backend_of(way)
+    if way == "triton":  # the interpreter takes milliseconds a tile
+        inputs = [t[:1] for t in inputs]
+        extra = [(name, build, t[:1] if t.dim() > 2 else t) for name, build, t in extra]
     exact = run(inputs, mask, torch.float64, "reference", extra, **options)
     same = run(inputs, mask, dtype, "reference", extra, **options)
-    got = run(inputs, mask, dtype, "blocked", extra, **options)
+    got = run(inputs, mask, dtype, backend, extra, **options)
     for name, value in got.items():
         assert value.isfinite().all() or name == "lse", name
         assert_within_budget(value, exact[name], same[name], what=name)
@@ -85,31 +96,31 @@ MASKS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_values_and_gradients_match_the_definition(mask, dtype, way, generator):
-    check(make(generator), mask, dtype)
+    check(make(generator), mask, dtype, way=way)
 
 
 @pytest.mark.parametrize("deviation", [1.0, 8.0])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 def test_sharp_scores_stay_within_budget(dtype, deviation, way, generator):
-    check(make(generator, d=64, dv=64, deviation=deviation), Causal() & Window(90), dtype)
+    check(make(generator, d=64, dv=64, deviation=deviation), Causal() & Window(90), dtype, way=way)
 
 
 @pytest.mark.parametrize(("d", "dv"), [(8, 24), (40, 8), (72, 72), (5, 3), (1, 1)])
 def test_widths_may_be_odd_and_differ(d, dv, way, generator):
-    check(make(generator, d, dv), Causal(), torch.float32)
+    check(make(generator, d, dv), Causal(), torch.float32, way=way)
 
 
 def test_more_queries_than_keys_leave_empty_rows(way, generator):
     inputs = make(generator, nq=NK, nk=NQ)
-    check(inputs, Causal() & Window(3), torch.float32)
-    out, lse = tiled(*(t.float() for t in inputs[:3]), Causal(), return_lse=True)
+    check(inputs, Causal() & Window(3), torch.float32, way=way)
+    out, lse = tiled(*(t.float() for t in inputs[:3]), Causal(), return_lse=True, backend=backend_of(way))
     assert (out[:, :, : NK - NQ] == 0).all()
     assert (lse[:, :, : NK - NQ] == -math.inf).all()
 
 
 def test_rows_that_see_nothing_pass_no_gradient_whatever_comes_in(way, generator):
     q, k, v = (t.float().requires_grad_() for t in make(generator, nq=NK, nk=NQ)[:3])
-    out, lse = tiled(q, k, v, Causal(), return_lse=True)
+    out, lse = tiled(q, k, v, Causal(), return_lse=True, backend=backend_of(way))
     grads = torch.autograd.grad([out, lse], [q, k, v], [torch.ones_like(out), torch.exp(lse) / torch.exp(lse)])
     assert all(g.isfinite().all() for g in grads)
     assert (grads[0][:, :, : NK - NQ] == 0).all()
@@ -121,7 +132,7 @@ def test_a_sink_joins_the_normaliser(dtype, way, generator):
     extra = [("sink", lambda t: t, sink)]
     got, exact = (
         run(make_again(generator), Causal(), d, b, extra)
-        for d, b in ((dtype, "blocked"), (torch.float64, "reference"))
+        for d, b in ((dtype, backend_of(way)), (torch.float64, "reference"))
     )
     same = run(make_again(generator), Causal(), dtype, "reference", extra)
     for name in got:
@@ -131,6 +142,15 @@ def test_a_sink_joins_the_normaliser(dtype, way, generator):
 def make_again(generator):
     """The same inputs on every call."""
     return make(torch.Generator().manual_seed(generator.initial_seed()))
+
+
+@pytest.mark.parametrize("way", ["passes", "triton"])
+def test_every_batch_entry_has_its_own_mask_and_positions(way, generator):
+    mask = Document([[40, 30], [10, 60]], [[70, 60], [100, 30]]) & Causal()
+    inputs = make(generator)
+    exact, same = (run(inputs, mask, d, "reference") for d in (torch.float64, torch.float32))
+    for name, value in run(inputs, mask, torch.float32, backend_of(way)).items():
+        assert_within_budget(value, exact[name], same[name], what=name)
 
 
 TERMS = {
@@ -147,23 +167,20 @@ TERMS = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
-def test_biases_and_their_gradients(terms, dtype, generator):
-    check(
-        make(generator),
-        Causal(),
-        dtype,
-        terms(lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64)),
-    )
+@pytest.mark.parametrize("way", ["passes", "triton"])
+def test_biases_and_their_gradients(terms, dtype, way, generator):
+    extra = terms(lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64))
+    check(make(generator), Causal(), dtype, extra, way=way)
 
 
-def test_biases_read_positions_not_storage(generator):
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_biases_read_positions_not_storage(backend, generator):
     q, k, v, *_ = (t.float() for t in make(generator, nq=NK))
     order = torch.randperm(NK, generator=generator)
     slopes = torch.rand(H, generator=generator)
-    plain = tiled(q, k, v, Causal(), bias=ALiBi(slopes))
-    moved = tiled(
-        q[:, :, order], k[:, :, order], v[:, :, order], Causal(), bias=ALiBi(slopes), positions=(order, order)
-    )
+    options = {"bias": ALiBi(slopes), "backend": backend}
+    plain = tiled(q, k, v, Causal(), **options)
+    moved = tiled(q[:, :, order], k[:, :, order], v[:, :, order], Causal(), positions=(order, order), **options)
     torch.testing.assert_close(moved, plain[:, :, order])
 
 
@@ -179,19 +196,20 @@ def test_biases_read_positions_not_storage(generator):
     ids=str,
 )
 def test_what_changes_the_scores(options, dtype, way, generator):
-    check(make(generator), Window(40), dtype, **options)
+    check(make(generator), Window(40), dtype, way=way, **options)
 
 
 def test_a_scale_of_zero_is_a_plain_mean(way, generator):
     q, k, v, *_ = (t.float() for t in make(generator))
-    out, lse = tiled(q, k, v, Window(1000), scale=0.0, return_lse=True)
+    out, lse = tiled(q, k, v, Window(1000), scale=0.0, return_lse=True, backend=backend_of(way))
     torch.testing.assert_close(out, v.mean(2, keepdim=True).repeat_interleave(3, 1).expand_as(out))
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(NK)))
 
 
+@pytest.mark.parametrize("way", ["passes", "triton"])
 @pytest.mark.parametrize("weight", sorted(WEIGHTS))
-def test_every_weight(weight, generator):
-    check(make(generator), Causal(), torch.float32, weight=weight, lse=WEIGHTS[weight].normalised)
+def test_every_weight(weight, way, generator):
+    check(make(generator), Causal(), torch.float32, weight=weight, lse=WEIGHTS[weight].normalised, way=way)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -230,6 +248,7 @@ def test_pieces_hold_every_visible_pair_once(mask, monkeypatch):
     assert torch.equal(seen[layout.index.long()], layout.dense().long())
 
 
+@pytest.mark.parametrize("way", ["fused", "passes"], indirect=True)
 def test_gradcheck_in_float64(way):
     generator = torch.Generator().manual_seed(3)
     q, k, v = (
@@ -255,9 +274,10 @@ def test_the_definition_matches_torch_on_a_dense_call(generator):
 def test_padded_keys_may_hold_nan(way, generator):
     q, k, v, *_ = (t.float() for t in make(generator))
     real = torch.rand(B, NK, generator=generator) > 0.4
-    want = tiled(q, k, v, Causal() & Window(60), key_padding=real)
+    options = {"key_padding": real, "backend": backend_of(way)}
+    want = tiled(q, k, v, Causal() & Window(60), **options)
     poisoned = [t.masked_fill(~real[:, None, :, None], math.nan).requires_grad_() for t in (k, v)]
-    got = tiled(q, *poisoned, Causal() & Window(60), key_padding=real)
+    got = tiled(q, *poisoned, Causal() & Window(60), **options)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     got.sum().backward()
     assert all(t.grad.isfinite().all() for t in poisoned)
@@ -267,11 +287,12 @@ def test_views_give_the_same_bits(way, generator):
     q, k, v, *_ = (t.float() for t in make(generator))
     odd = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
     assert not odd[0].is_contiguous()
-    torch.testing.assert_close(tiled(*odd, Window(20)), tiled(q, k, v, Window(20)), rtol=1e-6, atol=1e-6)
+    got, want = (tiled(*some, Window(20), backend=backend_of(way)) for some in (odd, (q, k, v)))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_two_runs_give_the_same_bits(way, generator):
-    first, second = (run(make_again(generator), Causal(), torch.bfloat16, "blocked") for _ in range(2))
+    first, second = (run(make_again(generator), Causal(), torch.bfloat16, backend_of(way)) for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
@@ -279,9 +300,10 @@ def test_layouts_are_taken_as_they_are(way, generator):
     q, k, v, *_ = (t.float() for t in make(generator))
     mask = Causal() & Window(31)
     layout = mask.tiles(NQ, NK, tile=(32, 16), batch=B, heads=H)
-    torch.testing.assert_close(tiled(q, k, v, layout), tiled(q, k, v, mask))
+    want = tiled(q, k, v, mask)
+    torch.testing.assert_close(tiled(q, k, v, layout, backend=backend_of(way)), want)
     single = mask.tiles(NQ, NK, tile=(1, 16), batch=B, heads=H)
-    torch.testing.assert_close(tiled(q, k, v, single), tiled(q, k, v, mask))
+    torch.testing.assert_close(tiled(q, k, v, single, backend=backend_of(way)), want)
 
 
 def test_dropout_keeps_the_expected_share_and_depends_on_positions_only():
@@ -301,12 +323,13 @@ def test_dropout_is_right_on_average(generator):
     assert (mean - tiled(q, k, v, Causal())).abs().mean() < 0.03
 
 
-def test_skipping_follows_the_rule():
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_skipping_follows_the_rule(backend):
     q = torch.ones(1, 1, 4, 1)
     k = torch.zeros(1, 1, 64, 1)
     k[0, 0, 0] = 30.0
     v = torch.arange(64.0).view(1, 1, 64, 1)
-    options = {"scale": 1.0, "skip_threshold": 1e-3, "tile": (4, 16), "return_lse": True}
+    options = {"scale": 1.0, "skip_threshold": 1e-3, "tile": (4, 16), "return_lse": True, "backend": backend}
     _, forward = tiled(q, k, v, Full(), **options)
     _, reverse = tiled(q, k.flip(2), v.flip(2), Full(), **options)
     torch.testing.assert_close(forward, torch.full_like(forward, math.log(math.exp(30) + 15)))

@@ -11,6 +11,7 @@ from ...mask.base import Mask
 from ...mask.layout import TileLayout
 from ..result import Attn
 from . import bias as biases
+from . import launch
 from .bias import ALiBi, Bias, Pair, PerBlock, PerKey, Relative, Term
 from .op import BACKENDS, op
 from .weight import WEIGHTS, weight_named
@@ -79,7 +80,7 @@ def tiled(
         key_padding: bool ``(B, Nk)``, True for real keys. The others may hold anything, NaN included.
         tile: Tile of the layout built for a mask, in tokens; the engine's choice by default, and the unit of skipping.
         return_lse: Also return the log of the normaliser.
-        backend: ``"auto"``, ``"blocked"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"blocked"`` or ``"reference"``.
 
     Returns:
         ``(B, Hq, Nq, Dv)`` in the dtype of ``v``, or :class:`Attn` with ``lse (B, Hq, Nq)``. A row that may attend to
@@ -103,7 +104,8 @@ def tiled(
     if sink is not None and weight != "softmax":
         raise UnsupportedError(f"sink: a logit has no meaning under weight {weight!r}; use weight='softmax'")
     bias_text, bias_data = biases.flatten(bias)
-    for term in biases.unflatten(bias_text, bias_data):
+    terms = biases.unflatten(bias_text, bias_data)
+    for term in terms:
         term.check(q.shape[1], q.shape[0], q.shape[2], k.shape[2])
     q_pos, k_pos = (None, None) if positions is None else checks.positions(positions, q, k)
     if key_padding is not None:
@@ -129,7 +131,7 @@ def tiled(
         float(skip_threshold or 0.0),
         weight,
         tile or (_SKIP_TILE if skip_threshold else _ANY_TILE),
-        _backend(backend),
+        _backend(backend, q, v, terms),
     )
     return Attn(out, lse) if return_lse else out
 
@@ -142,22 +144,30 @@ def refuse(backend: str, device: str) -> list[str]:
     """Why a backend of this engine cannot run on a device; empty when it can.
 
     Args:
-        backend: ``"blocked"`` or ``"reference"``.
+        backend: ``"triton"``, ``"blocked"`` or ``"reference"``.
         device: A device type such as ``"cpu"``.
 
     Returns:
         Reasons in words.
     """
-    _backend(backend)
-    return [] if device != "meta" else ["meta tensors hold no data"]
+    if backend not in BACKENDS:
+        raise unknown("backend of tiled", backend, BACKENDS)
+    if device == "meta":
+        return ["meta tensors hold no data"]
+    return launch.refuse(torch.device(device)) if backend == "triton" else []
 
 
-def _backend(name: str) -> str:
-    if name == "auto":
-        return "blocked"
-    if name not in BACKENDS:
+def _backend(name: str, q: Tensor, v: Tensor, terms: tuple[Term, ...]) -> str:
+    """The backend that a call gets: on a GPU the kernels where they can take it, else blocked."""
+    if name not in ("auto", *BACKENDS):
         raise unknown("backend of tiled", name, ["auto", *BACKENDS])
-    return name
+    if name == "triton" or (name == "auto" and q.device.type == "cuda"):
+        reasons = launch.refuse(q.device) + launch.refuse_call(q, v, terms)
+        if not reasons:
+            return "triton"
+        if name == "triton":
+            raise UnsupportedError("backend 'triton' cannot take this call: " + "; ".join(reasons))
+    return "blocked" if name == "auto" else name
 
 
 def _flat(

@@ -18,12 +18,12 @@ from ...mask.build import build
 from ...mask.layout import TileLayout
 from ...mask.text import parse
 from . import bias as biases
-from . import blocked, reference
+from . import blocked, launch, reference
 from .plan import cheapest
 from .problem import Grads, Problem
 from .weight import weight_named
 
-BACKENDS: dict[str, Any] = {"blocked": blocked, "reference": reference}
+BACKENDS: dict[str, Any] = {"triton": launch, "blocked": blocked, "reference": reference}
 
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, str mask, Tensor[] mask_data, Tensor? q_pos, Tensor? k_pos, Tensor? key_padding, "
@@ -32,7 +32,9 @@ _ARGS = (
 )
 _library = torch.library.Library("manyheads", "FRAGMENT")
 _library.define(f"tiled({_ARGS}) -> (Tensor, Tensor)")
-_library.define(f"tiled_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGS}) -> Tensor[]")
+_library.define(
+    f"tiled_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool bias_grads, {_ARGS}) -> Tensor[]"
+)
 
 
 def _problem(
@@ -56,7 +58,11 @@ def _problem(
     tile: Sequence[int],
     backend: str,
     backward: bool = False,
+    bias_grads: bool = True,
 ) -> Problem:
+    if backend == "triton" and not tile[0]:
+        plain = not (bias or softcap or dropout_p or skip_threshold) and weight == "softmax"
+        tile = launch.tile_of(q, v, plain, backward)
     small = (
         None
         if mask_data or q_pos is not None or key_padding is not None
@@ -88,6 +94,7 @@ def _problem(
         dropout_p,
         0 if seed is None else int(seed),
         skip_threshold,
+        bias_grads,
     )
 
 
@@ -103,8 +110,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return out.contiguous(), lse.contiguous()  # the strides that tracing promises
 
 
-def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
-    grads: Grads = BACKENDS[args[-1]].backward(_problem(*args, True), out, lse, dout, dlse)  # type: ignore[call-arg]
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_grads: bool, *args: Any
+) -> list[Tensor]:
+    problem = _problem(*args, True, bias_grads)  # type: ignore[call-arg]
+    grads: Grads = BACKENDS[args[-1]].backward(problem, out, lse, dout, dlse)
     sink = [] if grads.sink is None else [grads.sink]
     return [g.contiguous() for g in (grads.q, grads.k, grads.v, *sink, *grads.terms)]
 
@@ -115,7 +125,9 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
     return v.new_empty(b, h, n, v.shape[3]), q.new_empty(b, h, n, dtype=acc)
 
 
-def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_grads: bool, *args: Any
+) -> list[Tensor]:
     q, k, v, bias_data, sink = args[0], args[1], args[2], args[9], args[10]
     inputs = [q, k, v, *([] if sink is None else [sink]), *bias_data]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
@@ -140,7 +152,8 @@ class _Recorded(torch.autograd.Function):
             return (None,) * (1 + len(tensors))
         dout = torch.zeros_like(out) if dout is None else dout
         backward = torch.ops.manyheads.tiled_backward.default
-        dq, dk, dv, *more = backward(dout, dlse, out, lse, *_joined(ctx.rest, tensors))
+        bias_grads = any(ctx.needs_input_grad[9:])
+        dq, dk, dv, *more = backward(dout, dlse, out, lse, bias_grads, *_joined(ctx.rest, tensors))
         dsink = more.pop(0) if tensors[6] is not None else None
         return (None, dq, dk, dv, None, None, None, dsink, None, *more)
 

@@ -71,7 +71,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
         kv = (strip.b, strip.kv)
         for chunk in _chunks(p, plan, strip):
             weights, ds = _score_grads(p, strip, chunk, rows, fetch(p.v[kv], chunk.segments))
-            for term, grad in zip(p.terms, dterms, strict=True):
+            for term, grad in zip(p.terms if p.bias_grads else (), dterms, strict=p.bias_grads):
                 assert chunk.at is not None
                 term.accumulate(grad, ds, chunk.at)
             if chunk.slope is not None:
@@ -157,7 +157,7 @@ def _delta(p: Problem, plan: Plan, out: Tensor, lse: Tensor, dout: Tensor) -> Te
     Gradients of a bias or a sink add whole rows up, where the rounding of a half-precision output does not cancel;
     for these the sum is taken over the scores themselves, at the price of one more visit.
     """
-    if p.q.dtype.itemsize > 2 or not p.weight.softmax or not (p.terms or p.sink is not None):
+    if p.q.dtype.itemsize > 2 or not p.weight.softmax or not ((p.terms and p.bias_grads) or p.sink is not None):
         return (dout.double() * out).sum(-1).to(p.accumulate)
     delta = torch.zeros_like(lse)
     for strip in _strips(p, plan):

@@ -34,6 +34,7 @@ class Problem:
         seed: Keys the dropout pattern.
         skip_threshold: Tiles whose best score lies below the running maximum by more than ``-log`` of it are
             skipped; 0 for none.
+        bias_grads: Whether the backward should find the gradients of the terms; zeros otherwise.
     """
 
     q: Tensor
@@ -50,6 +51,7 @@ class Problem:
     dropout_p: float = 0.0
     seed: int = 0
     skip_threshold: float = 0.0
+    bias_grads: bool = True
 
     @property
     def accumulate(self) -> torch.dtype:

@@ -1,0 +1,319 @@
+"""The Triton backend: what it refuses, which configuration it takes, and the launches of a problem."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...mask.layout import TileLayout
+from . import configs, slots
+from .bias import Block, Term
+from .configs import Config
+from .problem import Grads, Problem
+from .rows import Rows, by_keys, by_queries, fitting, packs, work_of
+
+_STRIP_BYTES = 256 << 20  # score gradients that are held at once for the gradients of a bias
+
+
+def refuse(device: torch.device) -> list[str]:
+    """Why no kernel can run on a device; empty when one can."""
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed; `pip install manyheads[triton]`"]
+    if device.type == "cpu" and not interpreted():
+        return [
+            "its kernels need a GPU; on a CPU they run in Triton's interpreter only (TRITON_INTERPRET=1), for tests"
+        ]
+    if device.type not in ("cpu", "cuda"):
+        return [f"it has no kernels for {device.type}"]
+    return []
+
+
+def refuse_call(q: Tensor, v: Tensor, terms: Any = ()) -> list[str]:
+    """Why the kernels cannot take some tensors; empty when they can."""
+    reasons = []
+    if q.dtype == torch.float64:
+        reasons.append("float64 has no matrix instruction; use backend='blocked'")
+    if not 0 < q.shape[3] <= 256 or not 0 < v.shape[3] <= 256:
+        reasons.append(f"head widths from 1 to 256, got D = {q.shape[3]} and Dv = {v.shape[3]}")
+    return reasons + slots.refuse(terms)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether this process runs kernels in Triton's interpreter."""
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
+        return False
+    from triton.runtime import JITFunction
+
+    return not isinstance(_kernels().forward, JITFunction)
+
+
+def tile_of(q: Tensor, v: Tensor, plain: bool, backward: bool) -> tuple[int, int]:
+    """The tile in which a mask should be laid out for a call."""
+    config = _config("rows_backward" if backward else "forward", q, v, plain)
+    return config.bm, config.bn
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """Output and log-normaliser of a problem."""
+    b, h, nq, _ = p.q.shape
+    out = p.v.new_empty(b, h, nq, p.v.shape[3])
+    lse = torch.empty(b, h, nq, dtype=torch.float32, device=p.q.device)
+    if not out.numel() or not p.k.shape[2]:
+        return out.zero_(), _empty_lse(p, lse)
+    call = _Call(p, "forward", p.layout)
+    values = out if p.v.dtype == call.v.dtype else torch.empty_like(out, dtype=call.v.dtype)
+    config = call.config
+    turn = _programs(p.q.device, config) if config.persistent else 0
+    work = call.work(turn)
+    sink = call.nothing if p.sink is None else p.sink.to(torch.float32).contiguous()
+    given = {"out": values, "lse": lse, "sink": sink, "SINK": p.sink is not None, "work": work, "total": len(work)}
+    # the interpreter knows no assembly
+    exp = 0 if interpreted() and config.exp > 1 else config.exp
+    given |= {"EXP": exp, "RESCALE": config.rescale, "PERSISTENT": config.persistent > 0}
+    call.launch(_kernels().forward, min(turn or len(work), len(work)), given)
+    return out.copy_(values) if values is not out else out, lse
+
+
+def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Grads:
+    """Gradients of a problem: queries by query tiles, keys and values by key tiles, without atomics."""
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (p.q, p.k, p.v))
+    if not p.q.shape[:3].numel() or not p.k.shape[2] or not p.k.shape[:2].numel():
+        return _no_grads(p)
+    dout = dout if dout.stride(3) == 1 else dout.contiguous()
+    rows = _Call(p, "rows_backward", p.layout, dout)
+    delta = _delta(p, rows, out, lse, dlse)
+    dsink = None
+    if p.sink is not None:
+        share = torch.exp(p.sink.double()[:, None] - lse)
+        dsink = -(share * delta).sum((0, 2)).to(p.sink.dtype)
+    lse = lse.masked_fill(lse == -math.inf, math.inf) if p.weight.normalised else torch.zeros_like(lse)
+    given: dict[str, Any] = {"lse": lse, "delta": delta}
+    skipped = rows.nothing
+    if p.skip_threshold:
+        skipped = torch.zeros(*p.q.shape[:2], *rows.layout.grid, dtype=torch.uint8, device=p.q.device)
+    got = [torch.empty_like(g, dtype=rows.q.dtype) if g.dtype != rows.q.dtype else g for g in (dq, dk, dv)]
+    rows.rows_pass(0, given | {"dq": got[0], "skipped": skipped})
+    keys = _Call(p, "keys_backward", rows.layout if p.skip_threshold else p.layout, dout)
+    work = keys.work()
+    keys.launch(
+        _kernels().keys_backward,
+        len(work),
+        given | {"dk": got[1], "dv": got[2], "skipped": skipped, "work": work, "total": len(work)},
+    )
+    dq, dk, dv = (g if g is t else t.copy_(g) for g, t in zip(got, (dq, dk, dv), strict=True))
+    return Grads(dq, dk, dv, dsink, _term_grads(p, rows, given))
+
+
+def _delta(p: Problem, rows: _Call, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+    """``sum_j w_ij (dout_i . v_j)`` less the gradient of ``lse``.
+
+    It equals ``dout . out``; where whole rows of it are summed (gradients of a bias or a sink) the rounding of a
+    half-precision output would show, so there it is summed over the scores themselves.
+    """
+    if not p.weight.normalised:
+        return torch.zeros_like(lse)
+    if p.q.dtype.itemsize == 2 and p.weight.softmax and (p.sink is not None or (p.terms and p.bias_grads)):
+        delta = torch.zeros_like(lse)
+        clean = lse.masked_fill(lse == -math.inf, math.inf)
+        rows.rows_pass(1, {"lse": clean, "delta": delta, "dq": rows.nothing, "skipped": rows.nothing})
+    else:
+        delta = torch.empty_like(lse)
+        dout = rows.dout
+        assert dout is not None
+        kernel = _kernels().row_products
+        width = dout.shape[3]
+        n = lse.numel()
+        out = out.to(dout.dtype)
+        kernel[(-(-n // 64),)](
+            dout, out, delta, *dout.stride()[:3], n, lse.shape[1], lse.shape[2],
+            WIDTH=width, PADDED=_padded(width), ROWS=64,
+        )  # fmt: skip
+    if dlse is not None:
+        delta = delta - dlse.to(delta.dtype)
+    return delta.masked_fill(lse == -math.inf, 0.0)  # whatever came in for rows that see nothing
+
+
+def _term_grads(p: Problem, rows: _Call, given: dict[str, Any]) -> list[Tensor]:
+    """Gradients of the biases from strips of score gradients, by the terms' own rule."""
+    totals = [torch.zeros_like(t.tensor, dtype=torch.float64 if t.reduces else torch.float32) for t in p.terms]
+    if p.terms and p.bias_grads:
+        (b, h, nq, _), nk, bm = p.q.shape, p.k.shape[2], rows.layout.tile[0]
+        tiles = max(1, _STRIP_BYTES // (4 * b * h * nk * bm))
+        cols = torch.arange(nk, device=p.q.device)
+        for start in range(0, rows.layout.grid[0], tiles):
+            row0, row1 = start * bm, min((start + tiles) * bm, nq)
+            ds = torch.zeros(b, h, row1 - row0, nk, dtype=torch.float32, device=p.q.device)
+            strip = {"ds": ds, "row0": row0, "strip": row1 - row0, "dq": rows.nothing, "skipped": rows.nothing}
+            rows.rows_pass(2, given | strip, slice(start, start + tiles))
+            at = Block(slice(0, b), slice(0, h), slice(row0, row1), cols, p.q_pos[:, row0:row1], p.k_pos)
+            for term, total in zip(p.terms, totals, strict=True):
+                term.accumulate(total, ds, at)
+    return [total.to(t.tensor.dtype) for total, t in zip(totals, p.terms, strict=True)]
+
+
+class _Call:
+    """One kernel on one problem: its configuration, its layout, and the arguments that all kernels share."""
+
+    def __init__(self, p: Problem, kernel: str, layout: TileLayout, dout: Tensor | None = None) -> None:
+        self.p, self.name = p, kernel
+        self.config = _config(kernel, p.q, p.v, p.plain)
+        exact = p.skip_threshold > 0
+        self.layout = fitting(layout, (self.config.bm, self.config.bn), exact)
+        device = p.q.device
+        keys = kernel == "keys_backward"
+        self.rows: Rows = (by_keys if keys else by_queries)(self.layout, device)
+        self.pack = packs(self.layout, p.group)
+        self.q, self.k, self.v = (_readable(t) for t in (p.q, p.k, p.v))
+        self.dout = None if dout is None else _readable(dout)
+        self.slots = slots.slots_of([_replaced(t) for t in p.terms] if interpreted() else p.terms)
+        self.nothing = torch.zeros(1, device=device)
+
+    def work(self, turn: int = 0) -> Tensor:
+        """The rows of tiles in the order in which programs take them."""
+        b, h = self.p.q.shape[:2]
+        keys = self.name == "keys_backward"
+        heads = h // (self.p.group if keys else self.pack)
+        size = (self.q.shape[3] + self.v.shape[3]) * self.q.element_size()
+        # heads of one group share keys and values
+        near = size * (self.p.q.shape[2] * self.p.group if keys else self.p.k.shape[2] * self.pack // self.p.group)
+        return work_of(self.layout, heads, b, near, self.p.q.device, keys=keys, turn=turn)
+
+    def rows_pass(self, what: int, given: dict[str, Any], some: slice | None = None) -> None:
+        """Runs ``rows_backward`` for one of its results, over all rows of tiles or over some."""
+        work = self.work()
+        if some is not None:
+            tiles = self.layout.grid[0]
+            rows = torch.arange(tiles, dtype=torch.int32, device=work.device)[some]
+            every = torch.arange(len(work) // tiles, dtype=torch.int32, device=work.device)
+            work = (every[:, None] * tiles + rows).flatten()
+        given = {"ds": self.nothing, "row0": 0, "strip": 0} | given
+        self.launch(_kernels().rows_backward, len(work), given | {"work": work, "total": len(work), "WHAT": what})
+
+    def launch(self, kernel: Any, programs: int, given: dict[str, Any]) -> None:
+        """Calls a kernel with what it shares with the others and what is its own."""
+        arguments = self._shared() | given
+        used = {name: arguments[name] for name in kernel.arg_names}
+        with _on(self.p.q.device):
+            kernel[(programs,)](**used, num_warps=self.config.warps, num_stages=self.config.stages)
+
+    def _shared(self) -> dict[str, Any]:
+        p, rows = self.p, self.rows
+        bm, bn = self.layout.tile
+        d, dv = p.q.shape[3], p.v.shape[3]
+        fast = p.weight.softmax and p.scale > 0 and not (p.terms or p.softcap)
+        arguments: dict[str, Any] = {"q": self.q, "k": self.k, "v": self.v}
+        tensors = [("sq", self.q), ("sk", self.k), ("sv", self.v)]
+        if self.dout is not None:
+            arguments["dout"] = self.dout
+            tensors.append(("sd", self.dout))
+        for name, t in tensors:
+            arguments |= {f"{name}{axis}": step for axis, step in zip("bhn", t.stride()[:3], strict=True)}
+        arguments |= {
+            "rows": rows.rows, "first": rows.first, "count": rows.count, "mask_id": rows.mask_id, "bits": rows.bits,
+            "index": rows.index, "index_b": rows.steps[0], "index_h": rows.steps[1], "width": rows.width,
+            "IDS": rows.width > 0, "IDS_MASKED": rows.masked,
+        }  # fmt: skip
+        arguments |= _positions(p, self.nothing) | self.slots.arguments(self.nothing)
+        arguments |= {
+            "nq": p.q.shape[2], "nk": p.k.shape[2], "heads": p.q.shape[1], "group": p.group, "scale": float(p.scale),
+            "softcap": float(p.softcap), "dropped": int(p.dropout_p * 2**31),
+            "seed": (p.seed ^ (p.seed >> 32)) & 0x7FFFFFFF, "keep_scale": 1.0 / (1.0 - p.dropout_p),
+            "floor": math.log2(p.skip_threshold) if p.skip_threshold else 0.0,
+        }  # fmt: skip
+        return arguments | {
+            "D": d, "BD": _padded(d), "DV": dv, "BDV": _padded(dv), "BM": bm, "BN": bn, "PACK": self.pack,
+            "ROWS": _padded(bm * self.pack), "COLS": _padded(bm * self.pack), "FAST": fast, "WEIGHT": p.weight.name,
+            "SOFTCAP": p.softcap > 0, "DROPOUT": p.dropout_p > 0, "SKIP": p.skip_threshold > 0,
+            "PRECISION": "tf32" if _tf32(p.q) else "ieee",
+        }  # fmt: skip
+
+
+def _positions(p: Problem, nothing: Tensor) -> dict[str, Any]:
+    """Logical positions as int32, where something reads them."""
+    if not (p.terms or p.dropout_p):
+        return {"q_pos": nothing, "k_pos": nothing, "q_pos_b": 0, "k_pos_b": 0}
+    found: dict[str, Any] = {}
+    for name, pos in (("q_pos", p.q_pos), ("k_pos", p.k_pos)):
+        found[name] = pos.to(p.q.device, torch.int32).contiguous()
+        found[f"{name}_b"] = 0 if pos.shape[0] == 1 else pos.shape[1]
+    return found
+
+
+def _readable(t: Tensor) -> Tensor:
+    """With neighbouring entries of the last dimension; the interpreter has no bfloat16."""
+    t = t.to(torch.float32) if t.dtype == torch.bfloat16 and interpreted() else t
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 and t.is_contiguous() else t.contiguous()
+
+
+def _replaced(term: Term) -> Term:
+    return replace(term, tensor=_readable(term.tensor))  # type: ignore[type-var]
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _tf32(q: Tensor) -> bool:
+    """Whether the caller has allowed float32 products of reduced precision, by torch's own switch."""
+    return q.dtype == torch.float32 and q.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
+def _empty_lse(p: Problem, lse: Tensor) -> Tensor:
+    """What rows without keys have: nothing, or the sink alone."""
+    if p.sink is None:
+        return lse.fill_(-math.inf)
+    return lse.copy_(p.sink.to(lse.dtype)[None, :, None].expand_as(lse))
+
+
+def _no_grads(p: Problem) -> Grads:
+    zero = [torch.zeros_like(t) for t in (p.q, p.k, p.v)]
+    sink = None if p.sink is None else torch.zeros_like(p.sink)
+    return Grads(zero[0], zero[1], zero[2], sink, [torch.zeros_like(t.tensor) for t in p.terms])
+
+
+@functools.cache
+def _kernels() -> Any:
+    from . import kernels
+
+    return kernels
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return configs.family("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return configs.family("cuda", 10 * major + minor)
+
+
+def _config(kernel: str, q: Tensor, v: Tensor, plain: bool) -> Config:
+    kind = "plain" if plain else "general"
+    return configs.choose(kernel, _architecture(q.device), max(q.shape[3], v.shape[3]), q.element_size(), kind)
+
+
+def _programs(device: torch.device, config: Config) -> int:
+    """Programs of a persistent launch."""
+    if device.type == "cpu":
+        return 4 * config.persistent
+    return torch.cuda.get_device_properties(device).multi_processor_count * config.persistent
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield

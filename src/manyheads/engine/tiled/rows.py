@@ -1,0 +1,282 @@
+"""A layout as the kernels read it: tensors on the device, and the order in which rows of tiles are taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...mask.evaluate import pack, unpack
+from ...mask.layout import TileLayout
+
+_L2_BYTES = 32 << 20  # keys and values of neighbouring programs should stay in a cache of about this size
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Runs or padded ids of every row of tiles.
+
+    Attributes:
+        tile: Tokens of a tile, the owner's side first.
+        rows, first, count, mask_id, bits, index: As in ``TileLayout``; for ids, ``rows`` holds the counts. ``bits``
+            are words of up to 32 columns.
+        width: Ids of a row, 0 for runs.
+        masked: Whether ids have bitmaps.
+        steps: Strides ``(batch, head)`` of the index, 0 where it is shared.
+    """
+
+    tile: tuple[int, int]
+    rows: Tensor
+    first: Tensor
+    count: Tensor
+    mask_id: Tensor
+    bits: Tensor
+    index: Tensor
+    width: int
+    masked: bool
+    steps: tuple[int, int]
+
+
+def fitting(layout: TileLayout, tile: tuple[int, int], exact: bool = False) -> TileLayout:
+    """The layout in tiles that a kernel can take: its own where they are legal, else those of the configuration.
+
+    Args:
+        layout: Any layout.
+        tile: Queries and keys of the configuration's tile.
+        exact: Whether tiles must not be changed, because skipping decides by them.
+
+    Returns:
+        The layout itself, or an exact rearrangement, kept with it.
+    """
+    bm, bn = layout.tile
+    legal = bm & (bm - 1) == 0 and bn & (bn - 1) == 0 and bm <= 128 and 16 <= bn <= 128
+    if layout.tile == tile or (legal and (exact or layout.ids is not None)):
+        return layout
+    if exact:
+        raise ValueError(f"tile: the triton backend skips by tiles of powers of two from 16 to 128, got {layout.tile}")
+    known = layout.__dict__.setdefault("_fitted", {})
+    if tile not in known:
+        known[tile] = layout.retile(tile)
+    return known[tile]
+
+
+def by_queries(layout: TileLayout, device: torch.device) -> Rows:
+    """What each row of query tiles visits."""
+    return _kept(
+        layout, ("q", device), lambda: _listed(layout, device) if layout.ids is not None else _runs(layout, device)
+    )
+
+
+def by_keys(layout: TileLayout, device: torch.device) -> Rows:
+    """What visits each row of key tiles. Padded ids are inverted where they are, without waiting for the device."""
+    if layout.ids is not None and layout.ids.device.type != "cpu":
+        return _kept(layout, ("k", device), lambda: _inverted(layout))
+    return _kept(layout, ("k", device), lambda: _runs(layout.transpose(), device))
+
+
+def _kept(layout: TileLayout, key: tuple[Any, ...], make: Any) -> Any:
+    known = layout.__dict__.setdefault("_rows", {})
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def _runs(layout: TileLayout, device: torch.device) -> Rows:
+    some = [t if t.numel() else t.new_zeros(1) for t in (layout.first, layout.count, layout.mask_id)]
+    first, count, mask_id, rows, index = (t.to(device) for t in (*some, layout.rows, layout.index))
+    return Rows(layout.tile, rows, first, count, mask_id, _words(layout, device), index, 0, True, _steps(index))
+
+
+def _listed(layout: TileLayout, device: torch.device) -> Rows:
+    assert layout.ids is not None and layout.ids_count is not None
+    ids, counts, index = (t.to(device).contiguous() for t in (layout.ids, layout.ids_count, layout.index))
+    masked = layout.ids_mask is not None
+    mask_id = layout.ids_mask.to(device).contiguous() if layout.ids_mask is not None else ids
+    return Rows(
+        layout.tile, counts, ids, counts, mask_id, _words(layout, device), index, ids.shape[-1], masked, _steps(index)
+    )
+
+
+def _inverted(layout: TileLayout) -> Rows:
+    """Padded ids by key tile: one run of one tile for each id, sorted by key tile; unused ones lie at the end."""
+    assert layout.ids is not None
+    ids = layout.ids
+    device = ids.device
+    tq, tk = layout.grid
+    sets = ids.shape[0] * ids.shape[1]
+    own = torch.arange(sets * tq, device=device).view(sets, tq, 1)
+    place = ((own // tq) * tk + ids.view(sets, tq, -1)) * tq + own % tq
+    place = torch.where(ids.view(sets, tq, -1) >= 0, place, sets * tk * tq).flatten()
+    place, order = place.sort()
+    edges = torch.arange(tk + 1, device=device) * tq + torch.arange(sets, device=device)[:, None] * tk * tq
+    rows = torch.searchsorted(place, edges).to(torch.int32)
+    first = (place % tq).to(torch.int32)
+    mask_id = torch.zeros_like(first) if layout.ids_mask is None else layout.ids_mask.reshape(-1)[order]
+    bits = _turned(layout.bits.to(device), layout.tile)
+    index = layout.index.to(device)
+    turned = (layout.tile[1], layout.tile[0])
+    words = _as_words(bits, turned)
+    return Rows(turned, rows, first, torch.ones_like(first), mask_id, words, index, 0, True, _steps(index))
+
+
+def _turned(bits: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Bitmaps with rows and columns exchanged; on the device by torch, as everything there."""
+    if bits.device.type == "cpu":
+        return torch.from_numpy(pack(unpack(bits.numpy(), tile[1]).transpose(0, 2, 1).copy()))
+    shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    dense = (bits[..., None] >> shifts & 1).flatten(-2)[..., : tile[1]].transpose(1, 2)
+    dense = torch.nn.functional.pad(dense, (0, -tile[0] % 8))
+    return (dense.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+
+
+def _words(layout: TileLayout, device: torch.device) -> Tensor:
+    return _as_words(layout.bits.to(device), layout.tile)
+
+
+def _as_words(bits: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Bitmaps in words of up to 32 columns; at least one, so that there is something to point at."""
+    row = -(-tile[1] // 8)
+    if not len(bits):
+        bits = torch.zeros(1, tile[0], row, dtype=torch.uint8, device=bits.device)
+    kind = {1: torch.uint8, 2: torch.int16}.get(row, torch.int32)
+    return bits.contiguous().view(kind)
+
+
+def _steps(index: Tensor) -> tuple[int, int]:
+    b, h = index.shape
+    return (h if b > 1 else 0), (1 if h > 1 else 0)
+
+
+def packs(layout: TileLayout, group: int) -> int:
+    """How many query heads of a key head a program takes as rows: more than one only where query tiles are small."""
+    bm = layout.tile[0]
+    if bm >= 16 or group == 1:
+        return 1
+    most = max(n for n in range(1, group + 1) if group % n == 0 and n * bm <= 128)
+    index = layout.index
+    if index.shape[1] == 1:
+        return most
+    if layout.ids is not None:
+        return 1  # whether rows agree within a group is known on the device only
+    same = index.view(index.shape[0], -1, group)
+    return most if bool((same == same[..., :1]).all()) else 1
+
+
+def work_of(
+    layout: TileLayout,
+    packs: int,
+    batch: int,
+    key_bytes: int,
+    device: torch.device,
+    *,
+    keys: bool = False,
+    turn: int = 0,
+) -> Tensor:
+    """The rows of tiles of all batch entries and heads, in the order in which programs take them.
+
+    The longest come first, so that no program starts a long row when the others are done; heads whose keys and values
+    fill the cache together are finished before the next ones begin.
+
+    Args:
+        layout: Whose rows.
+        packs: Heads, or packs of heads, of a batch entry.
+        batch: Batch entries.
+        key_bytes: Bytes of the keys and values of one pack.
+        device: Where the list goes.
+        keys: Rows of key tiles rather than of query tiles.
+        turn: Programs that share the list, taking every ``turn``-th entry; every other round is reversed, so that
+            nobody gets the longest of each. 0: one entry a program.
+
+    Returns:
+        int32 ``(batch * packs * rows,)``: ``(b * packs + pack) * rows + row``.
+    """
+    name = ("work", packs, batch, key_bytes, device, keys, turn)
+    return _kept(layout, name, lambda: _ordered(layout, packs, batch, key_bytes, device, keys, turn))
+
+
+def _ordered(
+    layout: TileLayout, packs: int, batch: int, key_bytes: int, device: torch.device, keys: bool, turn: int
+) -> Tensor:
+    if layout.ids is not None and layout.ids.device.type != "cpu":
+        n_rows = layout.grid[1 if keys else 0]
+        if keys or layout.ids_count is None:
+            return torch.arange(batch * packs * n_rows, dtype=torch.int32, device=device)
+        counts = layout.ids_count[:, :: max(1, layout.ids_count.shape[1] // packs)]
+        spread = counts.expand(batch, packs, n_rows).flatten()
+        return spread.argsort(descending=True, stable=True).to(torch.int32)
+    costs = row_costs(layout.transpose() if keys else layout)
+    index = layout.index.cpu().numpy()
+    index = np.broadcast_to(index, (batch, index.shape[1]))
+    index = index[:, :: index.shape[1] // packs] if index.shape[1] >= packs else np.repeat(index, packs, axis=1)
+    order = longest_first(costs[index.reshape(-1)], max(1, _L2_BYTES // max(1, key_bytes)))
+    if turn:
+        order = dealt(order, turn)
+    return torch.from_numpy(order.astype(np.int32)).to(device)
+
+
+def row_costs(layout: TileLayout) -> np.ndarray:
+    """Tiles that each row of tiles visits: int64 ``(row sets, rows)``."""
+    runs = layout.to_runs()
+    counts = np.concatenate([[0], np.cumsum(runs.count.cpu().numpy().astype(np.int64))])
+    bounds = runs.rows.cpu().numpy()
+    return counts[bounds[:, 1:]] - counts[bounds[:, :-1]]
+
+
+def longest_first(costs: np.ndarray, together: int) -> np.ndarray:
+    """Items in descending cost, some heads after the others.
+
+    Args:
+        costs: ``(heads, rows)``.
+        together: Heads that are worked on at the same time.
+
+    Returns:
+        int64 item numbers ``head * rows + row``.
+
+    Example:
+        >>> longest_first(np.array([[1, 3], [2, 3]]), 2).tolist()
+        [1, 3, 2, 0]
+    """
+    heads, rows = costs.shape
+    parts = []
+    for start in range(0, heads, together):
+        some = costs[start : start + together].reshape(-1)
+        parts.append(start * rows + np.argsort(-some, kind="stable"))
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def dealt(order: np.ndarray, workers: int) -> np.ndarray:
+    """Reverses every other round of ``workers`` items, so that strided workers get equal shares.
+
+    Example:
+        >>> dealt(np.arange(7), 3).tolist()
+        [0, 1, 2, 5, 4, 3, 6]
+    """
+    out = order.copy()
+    for start in range(workers, len(order) - workers + 1, 2 * workers):
+        out[start : start + workers] = order[start : start + workers][::-1]
+    return out
+
+
+def makespan(costs: np.ndarray, workers: int) -> int:
+    """Time until all is done when each of some workers takes the next item as soon as it is free.
+
+    Args:
+        costs: Of the items, in order.
+        workers: How many.
+
+    Returns:
+        The time, in the unit of the costs.
+
+    Example:
+        >>> makespan(np.array([1, 1, 1, 3]), 2), makespan(np.array([3, 1, 1, 1]), 2)
+        (4, 3)
+    """
+    import heapq
+
+    free = [0] * workers
+    for cost in costs.tolist():
+        heapq.heapreplace(free, free[0] + cost)
+    return max(free)
