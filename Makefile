@@ -46,9 +46,10 @@ lint: $(ENVIRONMENT)
 docs: $(ENVIRONMENT)
 	$(PY) docs/build.py
 
+# on a machine with a GPU, in the environment that has its torch: `make gpu PYTHON=python3`
 gpu: $(ENVIRONMENT)
-	$(PY) -m pytest -q --device cuda $(TEST_ARGS)
-	$(PY) -m manyheads bench $(BENCH_ARGS)
+	$(PY) -m pytest -q --device cuda -p no:cacheprovider tests/conformance tests/engine tests/gpu $(TEST_ARGS)
+	$(PY) -m manyheads bench --device cuda $(BENCH_ARGS)
 
 # torch first: a package that asks for "any torch" must find this one in place
 .venv/.made: $(REQUIREMENTS) pyproject.toml

@@ -77,7 +77,7 @@ def test_a_bench_writes_rows_and_prints_where_they_are(shell, tmp_path):
     assert found.header["environment"]["cpu_vendor"]
     assert found.header["limits"]["matrix"]["float32"] > 0
     assert found.header["command"].startswith("manyheads bench --suite masks")
-    for word in ("machine: ", "limits: ", "problem", "causal-64-float32", "3 rows: deep/run.jsonl"):
+    for word in ("machine: ", "limits: ", "provider", "causal-64-float32", "3 rows: deep/run.jsonl"):
         assert word in out
     assert "[1/1] masks/causal-64-float32" in err
 

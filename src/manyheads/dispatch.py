@@ -14,12 +14,12 @@ from .common import checks
 from .common.errors import UnsupportedError, unknown
 from .common.tracing import constant
 from .engine.result import Attn
-from .engine.tiled import Bias, Term, flash, products
+from .engine.tiled import Bias, Term, flash, launch, products
 from .engine.tiled.op import call_plain, layout_for
 from .mask import Causal, Full, Mask, as_mask, parse
 from .mask.show import later_warning
 
-BACKENDS = ("sdpa", "blocked", "reference")
+BACKENDS = ("sdpa", "triton", "blocked", "reference")
 """Every backend, in the order in which ``auto`` asks them."""
 
 Positions = tuple[Tensor, Tensor]
@@ -32,6 +32,7 @@ class Call(NamedTuple):
     k: Tensor
     v: Tensor
     mask: Mask
+    terms: tuple[Term, ...]
     plain: bool
     positions: bool
     key_padding: bool
@@ -104,11 +105,12 @@ def explain(
     call = checked(q, k, v, mask, scale, bias, softcap, sink, dropout_p, positions, key_padding, return_lse)
     taken = choose(call, backend)
     refusals = {name: _refusals(name, call) for name in BACKENDS}
-    if taken == "blocked" and not refusals["sdpa"]:
+    if taken in ("blocked", "triton") and not refusals["sdpa"]:
         refusals["sdpa"] = _slower(call)
     notes = []
     if taken != "sdpa":
-        layout = layout_for(call.mask, q, k, positions, key_padding)
+        tile = launch.tile_of(q, v, call.plain, False) if taken == "triton" else None
+        layout = layout_for(call.mask, q, k, positions, key_padding, tile)
         notes.append(
             f"visited tiles of {layout.tile[0]} x {layout.tile[1]}: {layout.density:.2%} of all, "
             f"{layout.area:.2%} of the pairs are visible"
@@ -117,6 +119,8 @@ def explain(
     if taken == "blocked" and q.device.type == "cpu":
         fused = call.plain and products.fused_wins(q.dtype)
         notes.append("pieces go to torch's fused kernel" if fused else "pieces go to separate products and passes")
+    if taken == "triton":
+        notes.append(launch.describe(q, v, call.plain))
     surprise = later_warning(call.mask, q.shape[2], k.shape[2], positions=positions)
     notes.extend([] if surprise is None else [surprise])
     return Explanation(taken, refusals, tuple(notes))
@@ -155,7 +159,8 @@ def checked(
     _check_mask_shape(value, q)
     plain = bias is None and softcap is None and sink is None and not dropout_p
     grads = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return Call(q, k, v, value, plain, positions is not None, key_padding is not None, return_lse, grads)
+    terms = bias.terms if isinstance(bias, Bias) else (bias,) if isinstance(bias, Term) else ()
+    return Call(q, k, v, value, terms, plain, positions is not None, key_padding is not None, return_lse, grads)
 
 
 _read = constant(parse)  # a compiler keeps the mask that a text names
@@ -175,7 +180,9 @@ def choose(call: Call, backend: str) -> str:
         UnsupportedError: When a named backend refuses, with its reasons.
     """
     if backend == "auto":
-        return "sdpa" if not _refusals("sdpa", call) and not _slower(call) else "blocked"
+        if not _refusals("sdpa", call) and not _slower(call):
+            return "sdpa"
+        return "triton" if call.q.device.type != "cpu" and not _refusals("triton", call) else "blocked"
     if backend not in BACKENDS:
         raise unknown("backend", backend, ["auto", *BACKENDS])
     reasons = _refusals(backend, call)
@@ -186,6 +193,8 @@ def choose(call: Call, backend: str) -> str:
 
 def _refusals(backend: str, call: Call) -> list[str]:
     """Why a backend cannot give the right answer; empty when it can."""
+    if backend == "triton":
+        return launch.refuse(call.q.device.type) + launch.refuse_call(call.q, call.v, call.terms)
     if backend != "sdpa":
         return []
     reasons = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manyheads.bench import bars, layouts, masks, memory, overhead, providers, suite
+from manyheads.bench import bars, layouts, masks, memory, overhead, patterns, providers, suite
 from manyheads.bench.limits import Limits
 from manyheads.bench.measure import area, attention_rows
 from manyheads.bench.row import Row
@@ -45,7 +45,7 @@ def test_every_suite_loads_and_names_itself():
 def test_the_quick_masks_suite_gives_a_whole_row_for_every_mask_dtype_and_provider():
     options = tiny()
     cases = masks.SUITE.cases(options)
-    assert len(cases) == len({c.key for c in cases}) == len(STATIC) * 2
+    assert len(cases) == len({c.key for c in cases}) == len(patterns.MASKS) * 2 == 28
     rows = [row for case in cases for row in case.run(Context(options))]
     assert len(rows) == len(cases) * 3
     for row in rows:

@@ -28,6 +28,15 @@ def way(request, monkeypatch):
     return request.param
 
 
+PLACE = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _place(device, monkeypatch):
+    """Inputs go where ``--device`` says."""
+    monkeypatch.setitem(globals(), "PLACE", torch.device(device))
+
+
 @pytest.fixture
 def generator():
     """The same draw every day: a budget is a bound on typical rounding, and rounding has unlucky days."""
@@ -40,7 +49,8 @@ def make(generator, d=16, dv=16, nq=NQ, nk=NK, deviation=1.0):
     k = torch.randn(B, HKV, nk, d, generator=generator, dtype=torch.float64)
     v = torch.randn(B, HKV, nk, dv, generator=generator, dtype=torch.float64)
     g = torch.randn(B, H, nq, dv, generator=generator, dtype=torch.float64)
-    return q, k, v, g, torch.randn(B, H, nq, generator=generator, dtype=torch.float64)
+    gl = torch.randn(B, H, nq, generator=generator, dtype=torch.float64)
+    return tuple(t.to(PLACE) for t in (q, k, v, g, gl))
 
 
 def run(inputs, mask, dtype, backend, extra=(), lse=True, **options):
@@ -50,7 +60,7 @@ def run(inputs, mask, dtype, backend, extra=(), lse=True, **options):
     wide = torch.promote_types(dtype, torch.float32)
     more = {}
     for name, build, tensor in extra:
-        leaf = tensor.to(wide).requires_grad_()
+        leaf = tensor.to(PLACE, wide).requires_grad_()
         leaves.append(leaf)
         term = build(leaf)
         more[name] = more[name] + term if name in more else term
@@ -176,8 +186,8 @@ def test_biases_and_their_gradients(terms, dtype, way, generator):
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_biases_read_positions_not_storage(backend, generator):
     q, k, v, *_ = (t.float() for t in make(generator, nq=NK))
-    order = torch.randperm(NK, generator=generator)
-    slopes = torch.rand(H, generator=generator)
+    order = torch.randperm(NK, generator=generator).to(PLACE)
+    slopes = torch.rand(H, generator=generator).to(PLACE)
     options = {"bias": ALiBi(slopes), "backend": backend}
     plain = tiled(q, k, v, Causal(), **options)
     moved = tiled(q[:, :, order], k[:, :, order], v[:, :, order], Causal(), positions=(order, order), **options)
@@ -273,7 +283,7 @@ def test_the_definition_matches_torch_on_a_dense_call(generator):
 
 def test_padded_keys_may_hold_nan(way, generator):
     q, k, v, *_ = (t.float() for t in make(generator))
-    real = torch.rand(B, NK, generator=generator) > 0.4
+    real = (torch.rand(B, NK, generator=generator) > 0.4).to(PLACE)
     options = {"key_padding": real, "backend": backend_of(way)}
     want = tiled(q, k, v, Causal() & Window(60), **options)
     poisoned = [t.masked_fill(~real[:, None, :, None], math.nan).requires_grad_() for t in (k, v)]
@@ -325,10 +335,10 @@ def test_dropout_is_right_on_average(generator):
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_skipping_follows_the_rule(backend):
-    q = torch.ones(1, 1, 4, 1)
-    k = torch.zeros(1, 1, 64, 1)
+    q = torch.ones(1, 1, 4, 1, device=PLACE)
+    k = torch.zeros(1, 1, 64, 1, device=PLACE)
     k[0, 0, 0] = 30.0
-    v = torch.arange(64.0).view(1, 1, 64, 1)
+    v = torch.arange(64.0, device=PLACE).view(1, 1, 64, 1)
     options = {"scale": 1.0, "skip_threshold": 1e-3, "tile": (4, 16), "return_lse": True, "backend": backend}
     _, forward = tiled(q, k, v, Full(), **options)
     _, reverse = tiled(q, k.flip(2), v.flip(2), Full(), **options)

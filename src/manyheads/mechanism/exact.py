@@ -87,7 +87,7 @@ SPEC = Spec(
     paper="Vaswani et al., Attention Is All You Need, arXiv 1706.03762",
     inputs=qkv(mask=lambda size: "causal" if size.causal else None),
     hf_name="manyheads_exact",
-    backends=("reference", "blocked", "sdpa"),
+    backends=("reference", "blocked", "triton", "sdpa"),
     supports={
         "noncausal_self",
         "causal_self",

@@ -154,7 +154,7 @@ def refuse(backend: str, device: str) -> list[str]:
         raise unknown("backend of tiled", backend, BACKENDS)
     if device == "meta":
         return ["meta tensors hold no data"]
-    return launch.refuse(torch.device(device)) if backend == "triton" else []
+    return launch.refuse(device) if backend == "triton" else []
 
 
 def _backend(name: str, q: Tensor, v: Tensor, terms: tuple[Term, ...]) -> str:
@@ -162,7 +162,7 @@ def _backend(name: str, q: Tensor, v: Tensor, terms: tuple[Term, ...]) -> str:
     if name not in ("auto", *BACKENDS):
         raise unknown("backend of tiled", name, ["auto", *BACKENDS])
     if name == "triton" or (name == "auto" and q.device.type == "cuda"):
-        reasons = launch.refuse(q.device) + launch.refuse_call(q, v, terms)
+        reasons = launch.refuse(q.device.type) + launch.refuse_call(q, v, terms)
         if not reasons:
             return "triton"
         if name == "triton":

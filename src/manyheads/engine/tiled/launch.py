@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.tracing import constant
 from ...mask.layout import TileLayout
 from . import configs, slots
 from .bias import Block, Term
@@ -24,16 +25,15 @@ from .rows import Rows, by_keys, by_queries, fitting, packs, work_of
 _STRIP_BYTES = 256 << 20  # score gradients that are held at once for the gradients of a bias
 
 
-def refuse(device: torch.device) -> list[str]:
-    """Why no kernel can run on a device; empty when one can."""
+@constant
+def refuse(device: str) -> list[str]:
+    """Why no kernel can run on a type of device; empty when one can."""
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed; `pip install manyheads[triton]`"]
-    if device.type == "cpu" and not interpreted():
-        return [
-            "its kernels need a GPU; on a CPU they run in Triton's interpreter only (TRITON_INTERPRET=1), for tests"
-        ]
-    if device.type not in ("cpu", "cuda"):
-        return [f"it has no kernels for {device.type}"]
+    if device == "cpu" and not interpreted():
+        return ["its kernels need a GPU; tests run them on a CPU in Triton's interpreter (TRITON_INTERPRET=1)"]
+    if device not in ("cpu", "cuda"):
+        return [f"it has no kernels for {device}"]
     return []
 
 
@@ -61,6 +61,15 @@ def tile_of(q: Tensor, v: Tensor, plain: bool, backward: bool) -> tuple[int, int
     """The tile in which a mask should be laid out for a call."""
     config = _config("rows_backward" if backward else "forward", q, v, plain)
     return config.bm, config.bn
+
+
+def describe(q: Tensor, v: Tensor, plain: bool) -> str:
+    """The configurations of a call in words, for ``explain``."""
+    parts = []
+    for kernel in configs.KERNELS:
+        c = _config(kernel, q, v, plain)
+        parts.append(f"{kernel} {c.bm} x {c.bn}, {c.warps} warps, {c.stages} stages ({c.source})")
+    return f"kernels for {_architecture(q.device)}: " + "; ".join(parts)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -176,7 +185,7 @@ class _Call:
         self.q, self.k, self.v = (_readable(t) for t in (p.q, p.k, p.v))
         self.dout = None if dout is None else _readable(dout)
         self.slots = slots.slots_of([_replaced(t) for t in p.terms] if interpreted() else p.terms)
-        self.nothing = torch.zeros(1, device=device)
+        self.nothing = torch.empty(1, device=device)  # stands for what is not there; never read
 
     def work(self, turn: int = 0) -> Tensor:
         """The rows of tiles in the order in which programs take them."""
@@ -228,7 +237,7 @@ class _Call:
             "nq": p.q.shape[2], "nk": p.k.shape[2], "heads": p.q.shape[1], "group": p.group, "scale": float(p.scale),
             "softcap": float(p.softcap), "dropped": int(p.dropout_p * 2**31),
             "seed": (p.seed ^ (p.seed >> 32)) & 0x7FFFFFFF, "keep_scale": 1.0 / (1.0 - p.dropout_p),
-            "floor": math.log2(p.skip_threshold) if p.skip_threshold else 0.0,
+            "floor": math.log(p.skip_threshold) if p.skip_threshold else 0.0,
         }  # fmt: skip
         return arguments | {
             "D": d, "BD": _padded(d), "DV": dv, "BDV": _padded(dv), "BM": bm, "BN": bn, "PACK": self.pack,
@@ -300,6 +309,9 @@ def _architecture(device: torch.device) -> str:
 
 def _config(kernel: str, q: Tensor, v: Tensor, plain: bool) -> Config:
     kind = "plain" if plain else "general"
+    if interpreted():
+        # numpy rounds products of different shapes differently; in one shape, weights agree with their lse as on a GPU
+        kernel = "forward"
     return configs.choose(kernel, _architecture(q.device), max(q.shape[3], v.shape[3]), q.element_size(), kind)
 
 

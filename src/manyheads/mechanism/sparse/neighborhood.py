@@ -150,7 +150,7 @@ SPEC = Spec(
     reference=reference,
     paper="Hassani et al., Neighborhood Attention Transformer, arXiv 2204.07143",
     inputs=qkv(shape=_grid, window=_window, causal=lambda size: size.causal),
-    backends=("reference", "blocked"),
+    backends=("reference", "blocked", "triton"),
     supports={"noncausal_self", "causal_self", "gqa", "value_width", "lse", "backward"},
     invariances=("batch", "heads"),
     axes={"carrier": "nearest keys on a grid", "kernel": "exp", "estimator": "average", "execution": "tiles"},

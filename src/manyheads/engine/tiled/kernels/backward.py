@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 
 from .parts import (
-    LOG2E,
+    UNSPECIALISED,
     bitmap,
     exponent_factor,
+    exponential,
     finish_scores,
     load_packed,
     load_rows,
@@ -17,6 +18,7 @@ from .parts import (
     run_bounds,
     slope_of,
     survives,
+    units,
     visible,
     weight_of,
     work_item,
@@ -24,18 +26,19 @@ from .parts import (
 
 
 @triton.jit
-def _grad_of_scores(s, dw, lse, delta, kept, keep_scale, WEIGHT: tl.constexpr, DROPOUT: tl.constexpr):
+def _grad_of_scores(
+    s, dw, lse, delta, kept, keep_scale, WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, NATURAL: tl.constexpr
+):
     """The weights that multiplied the values, ``w * dw``, and the gradient of the scores.
 
-    ``s`` is in powers of 2 for a softmax. ``lse`` and ``delta`` are broadcast to the tile; an infinite ``lse`` makes
-    everything 0.
+    ``s`` and ``lse`` are in the units of the exponent for a softmax; an infinite ``lse`` makes everything 0.
     """
     if WEIGHT == "softmax":
-        w = tl.exp2(s - lse)
+        w = exponential(s - lse, 0, NATURAL)
         raw = w
     else:
         raw = weight_of(s, WEIGHT)
-        inverse = tl.exp2(-lse)
+        inverse = exponential(-lse, 0, NATURAL)
         w = raw * inverse
         dw = dw * inverse
         delta = delta * inverse
@@ -54,9 +57,9 @@ def _grad_of_scores(s, dw, lse, delta, kept, keep_scale, WEIGHT: tl.constexpr, D
 def _rows_tile(
     acc, best, q, dout, lse, delta, t, mask_id, side, keys, terms, numbers, ds, skipped, row, row0, strip, heads, nq,
     WHAT: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, WEIGHT: tl.constexpr, SKIP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FAST: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, PAIR: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    FAST: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, PAIR: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile's share of a row's gradients: ``WHAT`` 0: of the queries, 1: sum of ``w dw``, 2: of the scores."""
     s, slope, kt, kept = row_scores(
@@ -65,13 +68,12 @@ def _rows_tile(
     )  # fmt: skip
     b, h, i, r, live, q_pos = side
     cut = (mask_id != 0) | (t * BN + BN > keys[5])
-    if WEIGHT == "softmax":
-        s = s * numbers[1]
+    if WEIGHT == "softmax" or SKIP:
         if cut:
             s = tl.where(visible(t, mask_id, side, keys, BM, BN), s, float("-inf"))
     needed = True
     if SKIP:
-        top = tl.max(s, 1)
+        top = tl.max(s, 1) * numbers[1]
         new = tl.maximum(best, top)
         near = (top >= new + numbers[6]) & (top > float("-inf")) & live
         needed = tl.max(near.to(tl.int32), 0) > 0
@@ -79,12 +81,16 @@ def _rows_tile(
             # heads of a pack are skipped together, so any of them may say so for all
             at = skipped + ((b * heads + h).to(tl.int64) * tl.cdiv(nq, BM) + row) * tl.cdiv(keys[5], BN) + t
             tl.store(at, tl.where(needed, 0, 1) + h * 0)
+    if WEIGHT == "softmax":
+        s = s * numbers[1]
     if needed:
         if SKIP:
             best = new
         vt = load_rows(keys[1], t * BN, keys[3], keys[5], DV, BDV, BN)
         dw = tl.dot(dout, tl.trans(vt), input_precision=PRECISION)
-        used, product, g = _grad_of_scores(s, dw, lse[:, None], delta[:, None], kept, numbers[5], WEIGHT, DROPOUT)
+        used, product, g = _grad_of_scores(
+            s, dw, lse[:, None], delta[:, None], kept, numbers[5], WEIGHT, DROPOUT, NATURAL
+        )
         if WEIGHT != "softmax":
             if cut:
                 g = tl.where(visible(t, mask_id, side, keys, BM, BN), g, 0.0)
@@ -99,7 +105,7 @@ def _rows_tile(
     return acc, best
 
 
-@triton.jit(do_not_specialize=["nq", "nk", "total", "width", "seed", "dropped", "row0", "strip"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def rows_backward(
     q, k, v, dout, lse, delta, dq, ds, skipped, work, rows, first, count, mask_id, bits, index, q_pos, k_pos,
     slopes, table, pair, block,
@@ -114,7 +120,9 @@ def rows_backward(
 ):  # fmt: skip
     """Gradients that a row of query tiles owns: of its queries, the sums ``delta``, or a strip of score gradients."""
     terms = (slopes, table, table_h, reach, pair, pair_b, pair_h, pair_q, pair_k, block, block_b, block_h, block_q)
-    numbers = (scale, exponent_factor(scale, FAST), softcap, dropped, seed, keep_scale, floor)
+    NATURAL: tl.constexpr = q.dtype.element_ty == tl.float32
+    c = exponent_factor(scale, FAST, NATURAL)
+    numbers = (scale, c, softcap, dropped, seed, keep_scale, units(floor, NATURAL))
     tiles = tl.cdiv(nq, BM)
     b, h0, row, row_set = work_item(work, tl.program_id(0), tiles, heads, index, index_b, index_h, PACK)
     h, i, r, live = packed_rows(row * BM, h0, nq, BM, PACK, ROWS)
@@ -125,7 +133,7 @@ def rows_backward(
     if ALIBI or RELATIVE or DROPOUT:
         qp = tl.load(q_pos + far * q_pos_b + tl.minimum(i, nq - 1))
     at = (b * heads + h).to(tl.int64) * nq + i
-    lt = tl.load(lse + at, mask=live, other=float("inf")) * LOG2E
+    lt = units(tl.load(lse + at, mask=live, other=float("inf")), NATURAL)
     if WHAT == 1:
         et = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS], tl.float32)
@@ -142,7 +150,7 @@ def rows_backward(
             t, id = read_id(first, mask_id, x, IDS_MASKED)
             acc, best = _rows_tile(
                 acc, best, qt, dt, lt, et, t, id, side, keys, terms, numbers, ds, skipped, row, row0, strip, heads, nq,
-                WHAT, DV, BDV, WEIGHT, SKIP, D, BD, BM, BN, FAST, SOFTCAP, ALIBI, RELATIVE,
+                WHAT, DV, BDV, WEIGHT, SKIP, NATURAL, D, BD, BM, BN, FAST, SOFTCAP, ALIBI, RELATIVE,
                 PAIR, BLOCK_Q, BLOCK_K, DROPOUT, PRECISION,
             )  # fmt: skip
         else:
@@ -151,7 +159,7 @@ def rows_backward(
                 acc, best = _rows_tile(
                     acc, best, qt, dt, lt, et, t, id, side, keys, terms, numbers, ds, skipped, row, row0, strip,
                     heads, nq,
-                    WHAT, DV, BDV, WEIGHT, SKIP, D, BD, BM, BN, FAST, SOFTCAP, ALIBI,
+                    WHAT, DV, BDV, WEIGHT, SKIP, NATURAL, D, BD, BM, BN, FAST, SOFTCAP, ALIBI,
                     RELATIVE, PAIR, BLOCK_Q, BLOCK_K, DROPOUT, PRECISION,
                 )  # fmt: skip
     if WHAT == 0:
@@ -166,9 +174,10 @@ def rows_backward(
 def _keys_tile(
     dk, dv, k, v, t, mask_id, h0, side, queries, terms, numbers, bits, skipped, row, tiles, heads, nq, nk,
     DV: tl.constexpr, BDV: tl.constexpr, PACK: tl.constexpr, COLS: tl.constexpr, WEIGHT: tl.constexpr,
-    SKIP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FAST: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, PAIR: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SKIP: tl.constexpr, NATURAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, FAST: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr,
+    PAIR: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query tile's share of the gradients of a row of key tiles; everything is transposed, keys first."""
     b, j, r, kp = side
@@ -184,7 +193,7 @@ def _keys_tile(
     if ALIBI or RELATIVE or DROPOUT:
         qp = tl.load(q_pos + tl.minimum(i, nq - 1))
     at = (b * heads + h).to(tl.int64) * nq + i
-    lt = tl.load(lse + at, mask=live, other=float("inf")) * LOG2E
+    lt = units(tl.load(lse + at, mask=live, other=float("inf")), NATURAL)
     et = tl.load(delta + at, mask=live, other=0.0)
     if SKIP:
         place = skipped + ((b * heads + h).to(tl.int64) * tl.cdiv(nq, BM) + t) * tiles + row
@@ -201,7 +210,7 @@ def _keys_tile(
         if mask_id != 0:
             s = tl.where(bitmap(bits, mask_id, r, column, BN, BM), s, float("-inf"))
     dw = tl.dot(v, tl.trans(dt), input_precision=PRECISION)
-    used, product, g = _grad_of_scores(s, dw, lt[None, :], et[None, :], kept, numbers[5], WEIGHT, DROPOUT)
+    used, product, g = _grad_of_scores(s, dw, lt[None, :], et[None, :], kept, numbers[5], WEIGHT, DROPOUT, NATURAL)
     if WEIGHT != "softmax":
         if mask_id != 0:
             seen = bitmap(bits, mask_id, r, column, BN, BM)
@@ -212,7 +221,7 @@ def _keys_tile(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["nq", "nk", "total", "width", "seed", "dropped"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def keys_backward(
     q, k, v, dout, lse, delta, dk, dv, skipped, work, rows, first, count, mask_id, bits, index, q_pos, k_pos,
     slopes, table, pair, block,
@@ -226,7 +235,9 @@ def keys_backward(
 ):  # fmt: skip
     """Gradients of the keys and values of a tile, summed over the query heads that read them."""
     terms = (slopes, table, table_h, reach, pair, pair_b, pair_h, pair_q, pair_k, block, block_b, block_h, block_q)
-    numbers = (scale, exponent_factor(scale, FAST), softcap, dropped, seed, keep_scale, floor)
+    NATURAL: tl.constexpr = q.dtype.element_ty == tl.float32
+    c = exponent_factor(scale, FAST, NATURAL)
+    numbers = (scale, c, softcap, dropped, seed, keep_scale, units(floor, NATURAL))
     tiles = tl.cdiv(nk, BN)
     item = tl.load(work + tl.program_id(0))
     row = item % tiles
@@ -253,7 +264,7 @@ def keys_backward(
             for t in range(t0, t1):
                 gk, gv = _keys_tile(
                     gk, gv, kt, vt, t, id, h0, side, queries, terms, numbers, bits, skipped, row, tiles, heads, nq, nk,
-                    DV, BDV, PACK, COLS, WEIGHT, SKIP, D, BD, BM, BN, FAST, SOFTCAP, ALIBI,
+                    DV, BDV, PACK, COLS, WEIGHT, SKIP, NATURAL, D, BD, BM, BN, FAST, SOFTCAP, ALIBI,
                     RELATIVE, PAIR, BLOCK_Q, BLOCK_K, DROPOUT, PRECISION,
                 )  # fmt: skip
     d = tl.arange(0, BD)

@@ -6,7 +6,7 @@ bitmaps are read, and the end of the keys is cut, only in tiles that need it. Qu
 head times ``BM`` queries, so that a query tile of 1 still fills a matrix instruction.
 
 Scores are ``s = cap(scale * q k^T) + bias``; with ``FAST`` (softmax, positive scale, nothing else) the scale joins
-the exponent. Softmax weights are powers of 2. Loads beyond the end repeat the last row instead of being masked.
+the exponent. Loads beyond the end repeat the last row instead of being masked.
 """
 
 import triton
@@ -14,6 +14,11 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+UNSPECIALISED = [
+    "nq", "nk", "total", "width", "row0", "strip", "seed", "dropped", "heads", "group", "reach",
+    "index_b", "index_h", "q_pos_b", "k_pos_b",
+]  # fmt: skip
+"""Arguments of which no value is worth a kernel of its own: lengths above all."""
 
 
 # --- elementwise --------------------------------------------------------------------------------------------------
@@ -32,8 +37,13 @@ def exp2_polynomial(x):
 
 
 @triton.jit
-def exp2_of(x, EXP: tl.constexpr):
-    """``EXP`` 0: the special-function unit; 1: the polynomial; 4: the polynomial for one element in four."""
+def exponential(x, EXP: tl.constexpr, NATURAL: tl.constexpr):
+    """``2 ** x``, or ``e ** x`` where ``NATURAL``.
+
+    ``EXP`` 0: the special-function unit; 1: the polynomial; 4: the polynomial for one element in four.
+    """
+    if NATURAL:
+        x = x * LOG2E
     if EXP == 0:
         y = tl.exp2(x)
     elif EXP == 1:
@@ -302,10 +312,23 @@ def read_id(first, mask_id, r, IDS_MASKED: tl.constexpr):
 
 
 @triton.jit
-def exponent_factor(scale, FAST: tl.constexpr):
-    """What scores are multiplied by in the exponent of 2."""
+def exponent_factor(scale, FAST: tl.constexpr, NATURAL: tl.constexpr):
+    """What scores are multiplied by on their way to the exponent.
+
+    Half-precision inputs take powers of 2, so that scale and base are one factor. In float32 the rounding of that
+    factor would show in sharp attention: there the difference to the maximum is taken first, in natural units.
+    """
+    c = tl.full([], 1.0, tl.float32)
     if FAST:
-        c = scale * LOG2E
-    else:
-        c = tl.full([], LOG2E, tl.float32)
+        c = c * scale
+    if not NATURAL:
+        c = c * LOG2E
     return c
+
+
+@triton.jit
+def units(x, NATURAL: tl.constexpr):
+    """A natural logarithm in the units of the exponent."""
+    if not NATURAL:
+        x = x * LOG2E
+    return x
