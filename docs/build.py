@@ -15,13 +15,17 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
+
+from gallery import page  # noqa: E402
 
 import manyheads  # noqa: E402
 from manyheads import catalog, nn, spec, testing  # noqa: E402
+from manyheads.bench import fit, store  # noqa: E402
 from manyheads.common import rope  # noqa: E402
 
 BEGIN, END = "<!-- generated: features -->", "<!-- end of generated -->"
+BEGIN_ERRORS = "<!-- generated: errors of the model -->"
 NOTE = "<!-- Written by docs/build.py from docstrings and declarations; run `make docs`. -->"
 COLUMNS = (
     ("self", ("noncausal_self",)),
@@ -33,16 +37,6 @@ COLUMNS = (
     ("backward", ("backward",)),
     ("decode", ("decode",)),
     ("many devices", ("context_parallel",)),
-)
-GALLERY_MASKS = (
-    "causal",
-    "causal & window(6)",
-    "window(left=2, right=5)",
-    "causal & (window(4) | sink(2))",
-    "causal & document([7, 3, 10])",
-    "causal & (window(3) | periodic(5))",
-    "causal | prefix(6)",
-    "neighborhood([4, 5], [3, 3])",
 )
 
 
@@ -64,31 +58,40 @@ def features() -> str:
 
 def readme() -> str:
     """The README with its generated part renewed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+    return _renewed("README.md", BEGIN, features())
+
+
+def advice() -> str:
+    """The page on advice with its table of prediction errors renewed."""
+    return _renewed("docs/advise.md", BEGIN_ERRORS, errors())
+
+
+def errors() -> str:
+    """How far the cost model is off on the committed results, each row predicted without rows of its own mask."""
+    parts = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
+        results = store.read(path)
+        checks = fit.validate(results)
+        if not checks:
+            continue
+        inside = sum(c.low_ms <= (c.row.median_ms or 0.0) <= c.high_ms for c in checks) / len(checks)
+        lines = [f"`{path.name}`, {len(checks)} rows; {inside:.0%} of the times lie in the predicted range:\n"]
+        lines += ["| provider, dtype, phase | rows | median | worst of ten | worst |", "|---|---|---|---|---|"]
+        lines += [f"| {what} | {n} | {a:.2f} | {b:.2f} | {c:.2f} |" for what, n, a, b, c in fit.error_table(checks)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _renewed(name: str, begin: str, made: str) -> str:
+    """A text with what stands between two marks replaced."""
+    before, _, rest = (ROOT / name).read_text(encoding="utf-8").partition(begin)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{features()}\n{END}{after}"
+    return f"{before}{begin}\n{made}\n{END}{after}"
 
 
 def gallery() -> str:
-    """A few lines on each mechanism, and pictures of masks."""
-    parts = ["# Gallery", NOTE, "## Mechanisms"]
-    for slug, found in sorted(spec.registry().items()):
-        about = (inspect.getdoc(found.fn) or "").splitlines()[0]
-        paper = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", found.paper)
-        axes = "; ".join(f"{axis}: {words}" for axis, words in found.axes.items())
-        declared = ", ".join(name for name in spec.CAPABILITIES if found.declares(name))
-        parts.append(
-            f"### {slug}\n{about}\n- call: `{found.fn.__module__}.{found.fn.__qualname__}`\n"
-            f"- source: {paper}\n- {axes}\n- declares: {declared}"
-        )
-    parts.append("## Masks\nQueries go down, keys go right; `#` is visible.")
-    for text in GALLERY_MASKS:
-        mask = manyheads.as_mask(text)
-        rows = mask.dense(20)[0, 0].tolist()
-        drawn = "\n".join("".join("#" if seen else "." for seen in row) for row in rows)
-        parts.append(f"### `{mask!r}`\n```text\n{drawn}\n```")
-    return "\n\n".join(parts) + "\n"
+    """What works with examples and pictures, and what is planned."""
+    return page(NOTE)
 
 
 def reference() -> str:
@@ -191,6 +194,7 @@ def _markdown(doc: str) -> str:
 
 OUTPUTS: dict[str, Callable[[], str]] = {
     "README.md": readme,
+    "docs/advise.md": advice,
     "docs/gallery.md": gallery,
     "docs/reference.md": reference,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -45,6 +46,15 @@ def shell(capfd, monkeypatch, tmp_path):
         ((*TINY, "--out", "/proc/none/x.jsonl"), "cannot write /proc/none/x.jsonl"),
         ((*TINY, "--out", "."), "is a folder"),
         (("bench", "--length", "0"), "--length"),
+        (("bench", "--case", "causl-1024-float32"), "did you mean 'causal-1024-float32'?"),
+        (("bench", "--phase", "bakward"), "unknown phase 'bakward': did you mean 'backward'?"),
+        (("bench", "--heads", "8:3"), "heads: expected 8, or 8:2"),
+        (("bench", "--cache", "cool"), "unknown cache 'cool': did you mean 'cold'?"),
+        (("bench", "--threads", "0"), "threads: expected 'all' or a number from 1 to"),
+        (("bench", "--device", "gpu"), "unknown device 'gpu'"),
+        (("bench", "--fail-on-slower", "5"), "name the file to compare with as --against"),
+        ((*TINY, "--against", "none.jsonl"), "cannot read none.jsonl"),
+        (("compare", "a.jsonl", "b.jsonl"), "cannot read a.jsonl"),
         (("bench", "--wings"), "--wings"),
         (("fly",), "fly"),
         (("list", "--state", "worky"), "unknown state 'worky': did you mean 'works'?"),
@@ -117,6 +127,47 @@ def test_resuming_measures_only_what_is_missing(shell, tmp_path):
     again = read(tmp_path / "x.jsonl")
     assert again.rows[0] == whole.rows[0]
     assert [r.case for r in again.rows] == [r.case for r in whole.rows]
+
+
+def test_resuming_with_the_newer_options_measures_nothing_twice(shell, tmp_path):
+    arguments = (*TINY, "--mask", "full", "--provider", "sdpa", "--heads", "4:2", "--cache", "cold", "--out", "x.jsonl")
+    assert shell(*arguments)[0] == 0
+    status, out, _ = shell(*arguments, "--resume", "--dry-run")
+    assert status == 0 and "0 cases, 1 are measured already" in out
+    status, _, err = shell(*arguments, "--resume")
+    assert status == 0 and "full-64" not in err
+    (row,) = read(tmp_path / "x.jsonl").rows
+    assert (row.layout, row.cache) == ("gqa 4:2", "cold")
+
+
+def test_threads_are_in_every_row(shell, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        status, out, _ = shell(*TINY, "--mask", "full", "--provider", "sdpa", "--threads", "1", "--out", "x.jsonl")
+        assert status == 0 and "1 thread" in out
+        shell(*TINY, "--mask", "full", "--provider", "sdpa", "--threads", "all", "--out", "y.jsonl")
+        assert read(tmp_path / "x.jsonl").rows[0].threads == 1
+        assert read(tmp_path / "y.jsonl").rows[0].threads == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_is_compared_with_an_earlier_one(shell, tmp_path):
+    arguments = (*TINY, "--mask", "full", "--provider", "sdpa")
+    assert shell(*arguments, "--out", "old.jsonl")[0] == 0
+    whole = read(tmp_path / "old.jsonl")
+    (row,) = whole.rows
+    for name, scale in (("slow", 1e3), ("fast", 1e-3)):
+        changed = row.replace(**{each: getattr(row, each) * scale for each in ("median_ms", "p20_ms", "p80_ms")})
+        store = Store(tmp_path / f"{name}.jsonl", whole.header)
+        store.case("masks", row.case, [changed.replace(provider="manyheads")], 0.1)
+        store.close()
+    status, out, _ = shell("compare", "fast.jsonl", "slow.jsonl", "--fail-on-slower", "5")
+    assert status == 1 and "1 slower" in out and "failed: something of ours is slower" in out
+    assert shell("compare", "slow.jsonl", "fast.jsonl", "--fail-on-slower", "5")[0] == 0
+    status, out, _ = shell(*TINY, "--mask", "full", "--out", "new.jsonl", "--against", "fast.jsonl",
+                           "--fail-on-slower", "5", "--no-report")  # fmt: skip
+    assert status == 1 and "against fast.jsonl:" in out and "appeared: 2" in out
 
 
 def test_another_question_does_not_continue_the_same_file(shell):

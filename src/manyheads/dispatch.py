@@ -224,6 +224,8 @@ def _refusals(backend: str, call: Call) -> list[str]:
 def _slower(call: Call) -> list[str]:
     """Why ``auto`` prefers the engine although SDPA could run."""
     pairs = call.q.shape[0] * call.q.shape[1] * call.q.shape[2] * call.k.shape[2]
+    if call.q.device.type == "cpu" and call.q.shape[3] != call.v.shape[3] and pairs >= _PROBE_PAIRS:
+        return ["its fused kernel wants values as wide as keys; without it all scores are kept"]
     if call.q.device.type != "cpu" or pairs < _PROBE_PAIRS or call.q.dtype not in (torch.float32, torch.bfloat16):
         return []
     if torch.compiler.is_compiling() or products.fused_wins(call.q.dtype):

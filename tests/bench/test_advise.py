@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shlex
 from pathlib import Path
 
 import pytest
 
+from manyheads.bench import limits
 from manyheads.bench.advise import LAUNCH_MS, advise
 from manyheads.bench.architecture import interpret
 from manyheads.bench.fit import problem_of, work_of
@@ -263,6 +265,8 @@ def test_dtypes_come_from_the_config_if_the_machine_knows_them(laptop):
     assert advise(interpret(LLAMA), 512, machine=laptop).dtype == "float32"
     assert advise(interpret(LLAMA), 512, machine="H100").dtype == "bfloat16"
     assert advise(half, 512, machine="H100", dtype="float32").dtype == "float32"
+    wide = advise(interpret({**LLAMA, "torch_dtype": "float16"}), 512, machine=laptop)
+    assert wide.dtype == "float32" and "laptop has no rate for the config's float16: float32 instead" in wide.notes
 
 
 @pytest.mark.parametrize(
@@ -370,6 +374,16 @@ def test_the_command_that_would_measure_it_is_one_that_the_benchmark_takes(lapto
         assert "nothing was run" in capfd.readouterr().out
 
 
+def test_no_command_is_printed_where_nothing_would_measure_it():
+    model = interpret(GEMMA)
+    assert {g.command for g in advise(model, 2048, machine="H100", phase="decode").groups} == {""}
+    sliding, full = advise(model, 131072, machine="H100", lengths="pile").groups
+    assert sliding.command == full.command == ""  # the lists of documents are too long for a line
+    sliding, full = advise(model, 131072, machine="H100", mask="causal_document", seed=7).groups
+    assert sliding.command == "" and "--mask causal_document " in full.command
+    assert "--seed 7" in full.command
+
+
 def test_committed_results_give_measured_rows():
     paths = sorted(COMMITTED.glob("*cpu*.jsonl"))
     if not paths:
@@ -377,6 +391,13 @@ def test_committed_results_give_measured_rows():
     model = interpret({**LLAMA, "num_key_value_heads": 8})
     statuses = {o.status for path in paths for o in options(advise(model, 8192, results=path)).values()}
     assert statuses == {"measured", "modelled", "refused"}
+
+
+def test_without_a_machine_this_one_is_measured(monkeypatch):
+    monkeypatch.setattr(limits, "measure", functools.partial(limits.measure, size=64))
+    found = advise(interpret(LLAMA), 256, machine="cpu")
+    assert found.measured_rates and found.source == "measured now" and found.groups[0].best is not None
+    assert "float32" in found.rates and "memory" in found.rates
 
 
 def test_a_machine_may_be_given_as_a_value(laptop):

@@ -1,4 +1,4 @@
-"""Two files side by side: only what noise cannot explain is a change, and only on the same machine are times compared."""
+"""Two files side by side: a change is what noise cannot explain, and times are compared on the same machine only."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def test_what_else_changed_is_told(old, new, remark):
     assert only(row(**old), row(**new)).remarks == (remark,)
 
 
-@pytest.mark.parametrize(("old", "new"), [({"error": 1e-7}, {"error": 1.2e-7}), ({"peak_mib": 100.0}, {"peak_mib": 95.0})])
-def test_what_is_the_same_again_is_not_told(old, new):
-    assert only(row(**old), row(**new)).remarks == ()
+@pytest.mark.parametrize(("field", "old", "new"), [("error", 1e-7, 1.2e-7), ("peak_mib", 100.0, 95.0)])
+def test_what_is_the_same_again_is_not_told(field, old, new):
+    assert only(row(**{field: old}), row(**{field: new})).remarks == ()
 
 
 def test_a_bar_is_known_by_its_words_and_tells_its_verdict():

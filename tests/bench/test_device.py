@@ -106,9 +106,9 @@ def test_rounds_go_through_the_watch_and_the_eviction_is_not_timed(queue, watch)
     assert order == ["a", "b"] * 2 + ["flush", "a", "flush", "b"] * 3
 
 
-@pytest.mark.parametrize(("text", "message"), [("tpu", "unknown device 'tpu'"), ("cpu:1", "unknown"), ("cuda:x", "unk")])
-def test_other_devices_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("text", ["tpu", "cpu:1", "cuda:x", ""])
+def test_other_devices_are_refused(text):
+    with pytest.raises(ValueError, match=f"unknown device '{text}'"):
         device.resolve(text)
 
 

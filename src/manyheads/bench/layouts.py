@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from manyheads.bench import memory
-from manyheads.bench.masks import resolve
+from manyheads.bench.environment import version
+from manyheads.bench.patterns import resolve
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Case, Context, Options, Suite
 from manyheads.bench.timing import interleave
@@ -57,7 +60,7 @@ def case(which: Build, length: int, seed: int = 0) -> Case:
         The case; its row has the time of both directions together, the peak memory of the same in a process
         of its own, and the number of unique tiles.
     """
-    return Case("layouts", f"{which.name}-{length}", lambda c: _run(c, which, length, seed), 4.0, ("manyheads",))
+    return Case("layouts", f"{which.name}-{length}", lambda c: _run(c, which, length, seed), 2.5, ("manyheads",))
 
 
 def both_ways(mask: Mask, length: int, keyed: bool) -> TileLayout:
@@ -92,6 +95,9 @@ def _run(context: Context, which: Build, length: int, seed: int) -> list[Row]:
         shape=f"{length}x{length}",
         length=length,
         mask=mask.text,
+        device="cpu",
+        threads=torch.get_num_threads(),
+        version=version("manyheads"),
     )
     context.say(f"layouts/{row.case}: building")
     layout = both_ways(mask, length, which.keyed)

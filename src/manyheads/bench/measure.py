@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyheads.bench import memory, oracle, providers
+from manyheads.bench import device, memory, oracle, providers
 from manyheads.bench.limits import Limits
 from manyheads.bench.row import Row, against
 from manyheads.bench.suite import Context
-from manyheads.bench.timing import interleave
+from manyheads.bench.timing import Stopwatch, interleave
 from manyheads.bench.workload import Problem
 from manyheads.common.errors import UnsupportedError
 from manyheads.mask import Full, Mask
 
 DENSITY_TILE = (128, 64)
 """Density is the share of tiles of this size that hold a visible pair."""
+
+LONG_MS = 20_000.0
+"""First calls that take longer than this together have warmed the machine enough."""
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -57,6 +58,7 @@ def attention_rows(
     problem: Problem,
     chosen: Sequence[str],
     *,
+    volunteers: Sequence[str] = (),
     inputs: Inputs | None = None,
     with_memory: Sequence[str] = (),
     rounds: tuple[int, int] = (5, 50),
@@ -66,8 +68,9 @@ def attention_rows(
     Args:
         context: The running benchmark.
         base: A row with suite and case filled in, and whatever else all rows share.
-        problem: What is computed.
+        problem: What is computed, and where.
         chosen: Names of providers, in order.
+        volunteers: Providers that join if they refuse nothing about the problem.
         inputs: q, k, v to use instead of drawn ones.
         with_memory: Providers whose peak memory is measured too, each in another process.
         rounds: Fewest and most rounds.
@@ -76,32 +79,33 @@ def attention_rows(
         One row for each provider, refused and failed ones included.
     """
     q, k, v = problem.tensors() if inputs is None else inputs
-    seen = area(problem.mask, problem.queries, problem.nk, batch=problem.batch, heads=problem.heads)
-    base = base.replace(
-        phase=problem.phase,
-        shape=problem.shape,
-        length=problem.queries,
-        dtype=problem.dtype,
-        mask=problem.mask.text,
-        input=base.input or f"normal, logit deviation {problem.deviation:g}",
-        pairs=seen.pairs,
-        flops=problem.flops(seen.pairs),
-        density=seen.density,
-        area=seen.area,
-        seed=problem.seed,
-    )
+    base = _described(base, problem, context.options.cache)
     known = oracle.truth(problem, q, k, v)
+    watch = device.stopwatch(problem.device)
+    joining = [n for n in volunteers if n not in chosen and providers.get(n).refuse(problem) is None]
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[], object]] = {}
-    for name in chosen:
+    for name in (*chosen, *joining):
         context.say(f"{base.suite}/{base.case}: {name}, first call")
-        rows[name], call = _first(base.replace(provider=name), problem, (q, k, v), known)
+        rows[name], call = _first(base.replace(provider=name), problem, (q, k, v), known, watch)
         if call is not None:
             calls[name] = call
+        elif name in joining and rows[name].status == "failed":
+            rows[name] = rows[name].replace(status="refused", reason=f"broke: {rows[name].reason}")
     if calls:
         context.say(f"{base.suite}/{base.case}: timing {', '.join(calls)}")
+        slow = sum(rows[name].first_ms or 0.0 for name in calls) > LONG_MS
+        cold = context.options.cache == "cold"
         with torch.set_grad_enabled(problem.backward):
-            times = interleave(calls, budget_s=context.options.seconds, rounds=rounds, warmup=0, warm=True)
+            times = interleave(
+                calls,
+                budget_s=context.options.seconds,
+                rounds=rounds,
+                warmup=0 if slow else 1,
+                warm=True,
+                watch=watch,
+                before=device.eviction(problem.device) if cold else None,
+            )
         for name, timing in times.items():
             timed = rows[name].replace(**{**timing.fields(), "first_ms": rows[name].first_ms})
             rows[name] = _rated(timed, problem, context.limits)
@@ -109,7 +113,7 @@ def attention_rows(
         if name in calls and inputs is None:
             context.say(f"{base.suite}/{base.case}: peak memory of {name}")
             rows[name] = with_peak(rows[name], problem)
-    return compare([rows[name] for name in chosen])
+    return compare(list(rows.values()))
 
 
 def compare(rows: list[Row]) -> list[Row]:
@@ -121,7 +125,7 @@ def compare(rows: list[Row]) -> list[Row]:
     Returns:
         The rows, with ``baseline`` and ``ratio`` where both sides may be believed.
     """
-    peers = [r for r in rows if r.provider in ("sdpa", "flex") and r.gate == "green" and r.median_ms]
+    peers = [r for r in rows if not providers.is_ours(r.provider) and r.gate == "green" and r.median_ms]
     if not peers:
         return rows
     fastest = min(peers, key=lambda r: r.median_ms or 0.0)
@@ -130,26 +134,29 @@ def compare(rows: list[Row]) -> list[Row]:
 
 def with_peak(row: Row, problem: Problem) -> Row:
     """Adds the peak memory of one call, measured in a fresh process."""
-    if (reason := memory.available()) is not None:
+    if (reason := memory.available(problem.device)) is not None:
         return row.replace(note=reason)
     try:
         with memory.Worker() as worker:
-            peak = worker.ask("manyheads.bench.measure:peak_of", problem, row.provider)
+            peak = worker.ask("manyheads.bench.measure:peak_of", problem, row.provider, torch.get_num_threads())
     except (RuntimeError, TypeError, AttributeError) as error:
         return row.replace(note=f"peak memory not measured: {error}")
     return row.replace(peak_mib=peak.beyond_mib, process_mib=peak.process_mib)
 
 
-def peak_of(problem: Problem, provider: str) -> memory.Peak:
+def peak_of(problem: Problem, provider: str, threads: int | None = None) -> memory.Peak:
     """Runs in the measuring process: one call of one provider, its mask tensors and layouts included.
 
     Args:
         problem: What is computed.
         provider: Name of the provider.
+        threads: Threads of the processor; torch's own choice by default.
 
     Returns:
         The peak beyond inputs, output and gradients, and of the process.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     adapter = providers.get(provider)
     small = replace(problem, mask=Full(), queries=64, keys=64, batch=1)
     inputs = small.tensors()
@@ -163,7 +170,7 @@ def peak_of(problem: Problem, provider: str) -> memory.Peak:
     if provider == "flex":
         call = bound(adapter.prepare(problem), problem, inputs, dout)
         call()  # compilation is timed apart, so its memory is too
-    return memory.peak_here(call, results=lambda found: sum(t.nbytes for t in found))
+    return memory.peak_here(call, results=lambda found: sum(t.nbytes for t in found), device=problem.device)
 
 
 def upstream(problem: Problem, inputs: Inputs) -> Tensor | None:
@@ -171,14 +178,14 @@ def upstream(problem: Problem, inputs: Inputs) -> Tensor | None:
     if not problem.backward:
         return None
     q, _, v = inputs
-    generator = torch.Generator().manual_seed(problem.seed + 2)
-    return torch.randn(*q.shape[:3], v.shape[3], generator=generator).to(q.dtype)
+    generator = torch.Generator(q.device).manual_seed(problem.seed + 2)
+    return torch.randn(*q.shape[:3], v.shape[3], generator=generator, device=q.device).to(q.dtype)
 
 
 def bound(
     forward: providers.Forward, problem: Problem, inputs: Inputs, dout: Tensor | None
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Binds inputs to a call: the output, and with gradients those of q, k and v.
+    """Binds inputs to a call: the output, with gradients also those of q, k and v, backward these alone.
 
     Args:
         forward: What a provider prepared.
@@ -187,7 +194,7 @@ def bound(
         dout: Gradient of the output; see ``upstream``.
 
     Returns:
-        A function without arguments.
+        A function without arguments. For the backward phase the forward pass is run here, once, and kept.
     """
     q, k, v = inputs
     if not problem.backward:
@@ -198,6 +205,10 @@ def bound(
 
         return run
     leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
+    if problem.phase == "backward":
+        with torch.enable_grad():
+            kept = forward(*leaves)
+        return lambda: torch.autograd.grad(kept, leaves, dout, retain_graph=True)
 
     def run_both() -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -207,39 +218,80 @@ def bound(
     return run_both
 
 
-def _first(row: Row, problem: Problem, inputs: Inputs, known: oracle.Truth) -> tuple[Row, Callable[[], object] | None]:
+def _described(base: Row, problem: Problem, cache: str) -> Row:
+    """Fills in what all rows of a case share."""
+    seen = area(problem.mask, problem.queries, problem.nk, batch=problem.batch, heads=problem.heads)
+    return base.replace(
+        phase=problem.phase,
+        shape=problem.shape,
+        length=problem.queries,
+        dtype=problem.dtype,
+        layout=problem.layout,
+        mask=problem.mask.text,
+        input=base.input or f"normal, logit deviation {problem.deviation:g}",
+        device=device.label(problem.device),
+        threads=torch.get_num_threads(),
+        cache=cache,
+        pairs=seen.pairs,
+        flops=problem.flops(seen.pairs),
+        density=seen.density,
+        area=seen.area,
+        seed=problem.seed,
+    )
+
+
+def _first(
+    row: Row, problem: Problem, inputs: Inputs, known: oracle.Truth, watch: Stopwatch
+) -> tuple[Row, Callable[[], object] | None]:
     """Prepares a provider, times its first call and judges the result; no call to time if it refuses."""
     adapter = providers.get(row.provider)
+    row = row.replace(version=providers.version(adapter))
     if (reason := adapter.refuse(problem)) is not None:
         return row.replace(status="refused", reason=reason), None
+    whole = replace(problem, phase="forward+backward") if problem.backward else problem
+    prepared: list[providers.Forward] = []
+    found: list[Tensor] = []
+
+    def begin() -> None:
+        prepared.append(adapter.prepare(problem))
+        found.extend(bound(prepared[0], whole, inputs, known.dout)())
+
     try:
-        start = time.perf_counter()
-        forward = adapter.prepare(problem)
-        found = bound(forward, problem, inputs, known.dout)()
-        first_ms = (time.perf_counter() - start) * 1e3
-    except UnsupportedError as error:
-        return row.replace(status="refused", reason=str(error).splitlines()[0]), None
+        first_ms = watch.first(begin)
+        sampled = tuple(t[:, :, known.rows] if i < 2 else t for i, t in enumerate(found))
+        call = bound(prepared[0], problem, inputs, upstream(problem, inputs))
+    except (UnsupportedError, NotImplementedError) as error:
+        return row.replace(status="refused", reason=brief(error, kind=False)), None
     except Exception as error:  # a provider that breaks is a row, not the end of the benchmark
         return row.replace(status="failed", reason=brief(error)), None
-    sampled = tuple(t[:, :, known.rows] if i < 2 else t for i, t in enumerate(found))
     allowed = oracle.PLAIN if row.provider == "reference" else oracle.ALLOWED
-    row = row.replace(first_ms=first_ms, **oracle.judge(sampled, known, allowed=allowed).fields())
-    return row, bound(forward, problem, inputs, upstream(problem, inputs))
+    verdict = oracle.judge(sampled, known, allowed=allowed, lossy=providers.is_lossy(adapter))
+    if verdict.gate == "lossy" and verdict.norm >= 1.0:
+        row = row.replace(note="its error is as large as the result: zeros would do as well")
+    return row.replace(first_ms=first_ms, **verdict.fields()), call
 
 
 def _rated(row: Row, problem: Problem, limits: Limits) -> Row:
     """Adds the rates that follow from the time."""
-    assert row.median_ms is not None and row.flops is not None
+    assert row.median_ms is not None and row.flops is not None and row.pairs is not None
     gflops = row.flops / row.median_ms / 1e6
     matrix = limits.matrix.get(problem.dtype)
     return row.replace(
         gflops=gflops,
         of_matrix_rate=gflops / matrix if matrix else None,
         of_copy_rate=problem.bytes() / row.median_ms / 1e6 / limits.copy if limits.copy else None,
+        of_exp_rate=problem.exps(row.pairs) / row.median_ms / 1e6 / limits.exp_rate if limits.exp_rate else None,
     )
 
 
-def brief(error: BaseException) -> str:
-    """The kind of an error and the first line that says something."""
-    lines: list[Any] = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def brief(error: BaseException, *, kind: bool = True) -> str:
+    """The first line of an error that says something, after the kind of the error.
+
+    Example:
+        >>> brief(RuntimeError("no kernel")), brief(ValueError("too long"), kind=False)
+        ('RuntimeError: no kernel', 'too long')
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:200]}" if kind else lines[0][:200]

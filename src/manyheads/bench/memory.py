@@ -25,15 +25,21 @@ class Peak:
 
     Attributes:
         beyond_mib: Above what was there before the call, without the call's results.
-        process_mib: Of the whole process, libraries included.
+        process_mib: Of the whole process, libraries included; on a GPU all that torch had allocated.
     """
 
     beyond_mib: float
     process_mib: float
 
 
-def available() -> str | None:
-    """Why peaks cannot be measured here, ``None`` if they can."""
+def available(device: str = "cpu") -> str | None:
+    """Why peaks cannot be measured here, ``None`` if they can.
+
+    Args:
+        device: Whose memory; the allocator of a GPU always knows.
+    """
+    if device != "cpu":
+        return None
     try:
         _reset()
         _status("VmHWM")
@@ -42,7 +48,7 @@ def available() -> str | None:
     return None
 
 
-def peak_here(call: Callable[[], Any], *, results: Callable[[Any], int] = lambda _: 0) -> Peak:
+def peak_here(call: Callable[[], Any], *, results: Callable[[Any], int] = lambda _: 0, device: str = "cpu") -> Peak:
     """Measures one call in this process: high-water mark after it less memory before it.
 
     Memory that the allocator had kept from earlier work would hide the peak; it is given back first. Call
@@ -51,6 +57,7 @@ def peak_here(call: Callable[[], Any], *, results: Callable[[Any], int] = lambda
     Args:
         call: What to measure.
         results: Bytes that the call's result holds, not counted in ``beyond_mib``.
+        device: Whose memory. On a GPU it is what torch's allocator had given out at most.
 
     Returns:
         The peak.
@@ -65,6 +72,8 @@ def peak_here(call: Callable[[], Any], *, results: Callable[[Any], int] = lambda
         True
     """
     gc.collect()
+    if device != "cpu":
+        return _peak_of_gpu(call, results, device)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     earlier = _status("VmHWM")
@@ -165,6 +174,18 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             answer = (False, f"{type(error).__name__}: {error}")
         pickle.dump(answer, answers)
         answers.flush()
+
+
+def _peak_of_gpu(call: Callable[[], Any], results: Callable[[Any], int], device: str) -> Peak:
+    import torch
+
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    high = torch.cuda.max_memory_allocated(device)
+    return Peak((high - before - results(result)) / MIB, high / MIB)
 
 
 def _status(key: str) -> int:

@@ -1,4 +1,7 @@
-"""Suite ``overhead``: what ``attention`` costs above the bare call, where the work takes microseconds."""
+"""Suite ``overhead``: what ``attention`` costs above the bare call, where the work takes microseconds.
+
+On a GPU it is the caller's time until the call returns; what the device does afterwards is the same for all.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.bench.device import label, launch_watch
+from manyheads.bench.environment import version
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Case, Context, Options, Suite
 from manyheads.bench.timing import Timing, interleave
@@ -63,7 +68,7 @@ def case(shape: tuple[int, int, int, int], options: Options) -> Case:
         The case; its rows say what each way costs above the bare call.
     """
     name = "causal-" + "x".join(map(str, shape))
-    return Case("overhead", name, lambda c: _run(c, name, shape), 10.0, (BARE, *(p.provider for p in PATHS)))
+    return Case("overhead", name, lambda c: _run(c, name, shape), 5.0, (BARE, *(p.provider for p in PATHS)))
 
 
 def overhead_us(way: Timing, bare: Timing) -> float:
@@ -87,7 +92,10 @@ def _run(context: Context, name: str, shape: tuple[int, int, int, int]) -> list[
     from manyheads import attention
 
     batch, heads, tokens, width = shape
-    problem = Problem(Causal(), tokens, batch=batch, heads=heads, width=width, seed=context.options.seed)
+    options = context.options
+    problem = Problem(
+        Causal(), tokens, batch=batch, heads=heads, width=width, seed=options.seed, device=options.device
+    )
     q, k, v = problem.tensors()
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     bare: Callable[..., Tensor] = functools.partial(F.scaled_dot_product_attention, is_causal=True)
@@ -101,10 +109,11 @@ def _run(context: Context, name: str, shape: tuple[int, int, int, int]) -> list[
             attention, *(leaves if path.grad else (q, k, v)), mask=mask, backend=path.backend
         )
     context.say(f"overhead/{name}: {len(calls)} ways, interleaved")
-    budget = max(context.options.seconds, 0.05)
-    most = ROUNDS[context.options.level]
+    budget = max(options.seconds, 0.05)
+    most = ROUNDS[options.level]
     with torch.enable_grad():
-        times = interleave(calls, budget_s=budget, rounds=(5, most), inner=INNER, warmup=20)
+        watch = launch_watch(options.device)
+        times = interleave(calls, budget_s=budget, rounds=(5, most), inner=INNER, warmup=20, watch=watch)
     rows = []
     for provider, found in times.items():
         row = _row(context, name, problem, provider, found)
@@ -123,7 +132,12 @@ def _row(context: Context, name: str, problem: Problem, provider: str, found: Ti
         shape=problem.shape,
         length=problem.queries,
         dtype=problem.dtype,
+        layout=problem.layout,
         mask=problem.mask.text,
+        device=label(problem.device),
+        threads=torch.get_num_threads(),
+        cache="warm",
+        version=version("torch" if provider in (BARE, BARE_GRAD) else "manyheads"),
         seed=context.options.seed,
         **found.fields(),
     )

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.bench.device import label, wait
+from manyheads.bench.environment import version
 from manyheads.bench.row import Row, against
 from manyheads.bench.suite import Case, Context, Options, Suite
 from manyheads.bench.timing import Timing
@@ -71,7 +73,7 @@ def encoder_case(dtype: str, options: Options, *, documents: int = 512, seed: in
     """
     name = f"encoder-{documents}-{dtype}" + ("" if seed is None else f"-seed-{seed}")
     who = tuple(provider for provider in options.chosen(PROVIDERS) if provider in PROVIDERS) or PROVIDERS
-    seconds = 10.0 + documents / 512 * (53.0 if dtype == "float32" else 22.0) * ROUNDS[options.level]
+    seconds = 10.0 + documents / 512 * (35.0 if dtype == "float32" else 15.0) * ROUNDS[options.level]
     return Case("packing", name, lambda context: _run(context, name, dtype, documents, seed, who), seconds, tuple(who))
 
 
@@ -134,11 +136,12 @@ def padded(model: Any, tokens: Sequence[Tensor], *, by_length: bool) -> Tensor:
             ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
             lengths = torch.tensor([len(each) for each in chosen])
             real = torch.arange(ids.shape[1]) < lengths[:, None]
+            ids, lengths, real = (each.to(getattr(model, "device", "cpu")) for each in (ids, lengths, real))
             hidden = model(input_ids=ids, attention_mask=real.long()).last_hidden_state.float()
             summed = (hidden * real[:, :, None]).sum(1)
             parts.append(torch.nn.functional.normalize(summed / lengths[:, None], dim=-1))
         found = torch.cat(parts)
-        return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+        return torch.empty_like(found).index_copy_(0, torch.tensor(order, device=found.device), found)
 
 
 def padding_share(lengths: Sequence[int], *, by_length: bool) -> float:
@@ -160,10 +163,12 @@ class _Side:
     embed: Callable[[], Tensor]
     waste: float
     note: str
+    device: str = "cpu"
     found: Tensor | None = None
 
     def __call__(self) -> None:
         self.found = self.embed()
+        wait(self.device)
 
 
 @dataclass(frozen=True)
@@ -174,9 +179,10 @@ class _Work:
     lengths: list[int]
     plain: Any
     ours: Any
+    device: str = "cpu"
 
     @classmethod
-    def load(cls, dtype: str, count: int, seed: int | None) -> _Work:
+    def load(cls, dtype: str, count: int, seed: int | None, device: str) -> _Work:
         from manyheads.integration import encoder
         from manyheads.integration.transformers import enable
 
@@ -185,20 +191,20 @@ class _Work:
             ours, _ = encoder.load(dtype=getattr(torch, dtype), attn_implementation="sdpa")
         made = tokenizer(real_documents(count, seed), truncation=True, max_length=LONGEST)["input_ids"]
         tokens = [torch.tensor(each) for each in made]
-        return cls(tokens, [len(each) for each in tokens], plain, enable(ours))
+        return cls(tokens, [len(each) for each in tokens], plain.to(device), enable(ours.to(device)), device)
 
     def side(self, provider: str) -> _Side:
         if provider in ("padded", "sorted"):
             by_length = provider == "sorted"
             embed = functools.partial(padded, self.plain, self.tokens, by_length=by_length)
             note = f"transformers, sdpa, batches of {BATCH} " + ("sorted by length" if by_length else "as they come")
-            return _Side(embed, padding_share(self.lengths, by_length=by_length), note)
+            return _Side(embed, padding_share(self.lengths, by_length=by_length), note, self.device)
         packing = self.pack(provider)
         note = (
             f"rows of {LONGEST} are {packing.efficiency:.1%} full with {packing.factor:.1f} documents each, "
             f"laid end to end without their tails, {TOKENS} tokens a pass"
         )
-        return _Side(functools.partial(self.packed, provider), 0.0, note)
+        return _Side(functools.partial(self.packed, provider), 0.0, note, self.device)
 
     def pack(self, provider: str) -> Packing:
         if provider == "packed-nnlshp":
@@ -212,10 +218,12 @@ class _Work:
 
 
 def _run(context: Context, name: str, dtype: str, count: int, seed: int | None, who: Sequence[str]) -> list[Row]:
-    base = Row("packing", name, "-", phase="encode", dtype=dtype, seed=seed)
+    device = context.options.device
+    base = Row("packing", name, "-", phase="encode", dtype=dtype, seed=seed, cache="warm")
+    base = base.replace(device=label(device), threads=torch.get_num_threads())
     context.say(f"packing/{name}: loading the encoder and {count} documents")
     try:
-        work = _Work.load(dtype, count, seed)
+        work = _Work.load(dtype, count, seed, device)
         sides = {provider: work.side(provider) for provider in dict.fromkeys(("padded", *who))}
     except (ImportError, OSError, ValueError) as error:
         why = str(error).splitlines()[0]
@@ -238,6 +246,7 @@ def _run(context: Context, name: str, dtype: str, count: int, seed: int | None, 
         rows.append(
             base.replace(
                 provider=provider,
+                version=version("manyheads" if provider.startswith("packed") else "transformers"),
                 rate=count / timing.median_ms * 1e3,
                 rate_unit="sentences/s",
                 waste=sides[provider].waste,

@@ -10,8 +10,9 @@ from typing import Any
 SCHEMA = 1
 """Version of the file format; a reader refuses a newer one."""
 
-GATES = ("green", "red", "unchecked")
+GATES = ("green", "red", "lossy", "unchecked")
 STATUSES = ("measured", "refused", "failed")
+CACHES = ("warm", "cold")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,16 @@ class Row:
         shape: The problem in words, ``"1x8x8192x64"`` for batch x heads x tokens x width.
         length: Tokens, for plots over length.
         dtype: ``"float32"``, ``"bfloat16"`` ...
+        layout: How query and key heads are grouped: ``"mha"``, ``"gqa 8:2"`` or ``"mqa 8:1"`` (query : key heads).
         mask: Canonical text of the mask, data left out.
+        lengths: What the lengths of packed documents were drawn from: ``"pile"``, ``"prolong64k"``,
+            ``"prolong512k"``, ``"1-8 blocks of 1024"``.
         input: Where q, k, v came from: ``"normal"``, ``"normal, logit deviation 8"``, ``"captured <file>"``.
+        device: Where it ran: ``"cpu"`` or the name of the GPU.
+        threads: Threads of the CPU that the row was allowed; 1 is a single-core run.
+        cache: ``"warm"`` (the same inputs again) or ``"cold"`` (the last-level cache was emptied before each
+            sample).
+        version: Version of the provider's package.
         median_ms: Median over interleaved rounds.
         p20_ms: 20th percentile.
         p80_ms: 80th percentile.
@@ -46,12 +55,15 @@ class Row:
         error: Largest absolute difference from float64.
         error_norm: Frobenius norm of the difference over that of the float64 result.
         error_limit: What ``error`` may be.
-        gate: ``"green"``, ``"red"`` or ``"unchecked"``; only green rows have a ratio.
+        gate: ``"green"``, ``"red"``, ``"lossy"`` (the provider approximates: its error is shown, and its place is the
+            speed-error plane) or ``"unchecked"``; only green rows have a ratio.
         pairs: Exact number of visible (query, key) pairs over batch and heads.
         flops: Floating-point operations that these pairs need.
         gflops: Those over the median time, in 1e9 per second.
         of_matrix_rate: ``gflops`` as a share of the measured matrix rate in this dtype.
         of_copy_rate: Bytes of inputs and results over time, as a share of the measured copy bandwidth.
+        of_exp_rate: Exponentials over time (one for each visible pair, two with gradients, which recompute the scores),
+            as a share of the measured rate of float32 exponentials.
         density: Share of tiles visited.
         area: Share of pairs visible.
         baseline: The provider that ``ratio`` divides.
@@ -78,8 +90,14 @@ class Row:
     shape: str | None = None
     length: int | None = None
     dtype: str | None = None
+    layout: str | None = None
     mask: str | None = None
+    lengths: str | None = None
     input: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    cache: str | None = None
+    version: str | None = None
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
@@ -98,6 +116,7 @@ class Row:
     gflops: float | None = None
     of_matrix_rate: float | None = None
     of_copy_rate: float | None = None
+    of_exp_rate: float | None = None
     density: float | None = None
     area: float | None = None
     baseline: str | None = None
@@ -120,6 +139,8 @@ class Row:
             raise ValueError(f"status: expected one of {STATUSES}, got {self.status!r}")
         if self.gate not in GATES:
             raise ValueError(f"gate: expected one of {GATES}, got {self.gate!r}")
+        if self.cache not in (None, *CACHES):
+            raise ValueError(f"cache: expected one of {CACHES}, got {self.cache!r}")
         if self.ratio is not None and self.gate != "green":
             raise ValueError(f"ratio: a row whose gate is {self.gate} reports no speed-up")
         if self.status != "measured" and not self.reason:

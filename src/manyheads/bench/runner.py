@@ -49,8 +49,8 @@ class Outcome:
 
     @property
     def missed(self) -> list[Row]:
-        """Bars that were missed, or could not be measured."""
-        return [r for r in self.rows if r.verdict not in (None, "met")]
+        """Bars that were missed, or could not be measured; bars for another device are neither."""
+        return [r for r in self.rows if r.verdict not in (None, "met") and r.status != "refused"]
 
     def status(self, *, verdict: bool = True) -> int:
         """The exit status of the command.
@@ -104,7 +104,7 @@ class Run:
     def limits(self) -> Limits:
         """The measured limits of this machine, measured at first use if the file did not have them."""
         if self._limits is None:
-            self._limits = limits.measure()
+            self._limits = limits.measure(device=self.options.device)
         return self._limits
 
     def say(self, text: str) -> None:

@@ -88,9 +88,9 @@ def read(path: Path) -> Results:
         if entry["kind"] == "row":
             pending.append(Row.from_dict(entry))
         elif entry["kind"] == "case":
-            key = (entry["suite"], entry["case"])
-            results.rows += [r for r in pending if (r.suite, r.case) == key]
-            results.finished.add(key)
+            # rows say what they are about, which need not be the name of the case: the count says which are its own
+            results.rows += pending[len(pending) - entry["rows"] :]
+            results.finished.add((entry["suite"], entry["case"]))
             pending = []
         elif entry["kind"] == "note":
             results.notes.append(entry["text"])

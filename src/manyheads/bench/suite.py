@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from manyheads.bench.limits import Limits
-from manyheads.bench.row import Row
+from manyheads.bench.row import CACHES, Row
 from manyheads.common.errors import unknown
 
 MODULES = ("masks", "layouts", "overhead", "packing", "targets")
@@ -35,6 +35,12 @@ class Options:
         input: A safetensors file with captured q, k, v for the suites that can read one.
         seed: Seed of all random inputs and of the shape that is drawn.
         budget_s: Time for the rounds of one provider in one case, in seconds; ``None`` for the level's own.
+        device: Where it runs: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        cache: ``"warm"``, or ``"cold"`` to empty the last-level cache before each sample.
+        heads: Only these head layouts, as ``"8"`` or ``"8:2"``; empty for the suite's own.
+        width: Head width; 0 for the suite's own.
+        batch: Batch size of drawn input.
+        phases: Only these phases; empty for the suite's own.
     """
 
     level: str = "default"
@@ -45,11 +51,28 @@ class Options:
     input: Path | None = None
     seed: int = 42
     budget_s: float | None = None
+    device: str = "cpu"
+    cache: str = "warm"
+    heads: tuple[str, ...] = ()
+    width: int = 0
+    batch: int = 1
+    phases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the words that have a few values."""
+        for what, value, known in (("level", self.level, LEVELS), ("cache", self.cache, CACHES)):
+            if value not in known:
+                raise unknown(what, value, known)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is measured."""
+        return self.device.startswith("cuda")
 
     @property
     def seconds(self) -> float:
         """Time for the rounds of one provider in one case."""
-        return self.budget_s if self.budget_s is not None else {"quick": 0.3, "default": 1.0, "full": 5.0}[self.level]
+        return self.budget_s if self.budget_s is not None else {"quick": 0.3, "default": 0.6, "full": 5.0}[self.level]
 
     def chosen(self, own: Sequence[str]) -> tuple[str, ...]:
         """The providers that were named, or a suite's own where none was."""

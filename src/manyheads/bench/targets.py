@@ -6,14 +6,12 @@ one shape. Rows of other suites in the same file are used again; what is missing
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import replace
 
-import numpy as np
+import torch
 
-from manyheads.bench import bars, layouts, masks, overhead
+from manyheads.bench import bars, device, gpu_targets, layouts, masks, overhead
 from manyheads.bench.bars import Bar
-from manyheads.bench.measure import attention_rows
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Case, Context, Options, Suite
 from manyheads.bench.workload import Problem
@@ -41,43 +39,41 @@ PACKING = (4.0, 1.05, 0.9999)
 
 
 def cases(options: Options) -> list[Case]:
-    """One case for each bar, at its own shape and at a drawn one; ``--quick`` keeps what takes seconds."""
+    """One case for each bar, at its own shape and at a drawn one; ``--quick`` keeps what takes seconds.
+
+    On a GPU these are the bars of the GPU; on a processor they stand at the end, not measured, with the reason.
+    """
+    if options.on_gpu:
+        return [_case(bar) for bar in gpu_targets.made(options)]
     made = [*_dense(options), *_masks(options), *_backward(options), *_layouts(options)]
     made += [*_memory(options), *_overhead(options), *_packing(options)]
-    kept = made if options.level != "quick" else [bar for bar in made if bar.level == "quick"]
-    return [_case(bar) for bar in kept]
+    if options.level == "quick":
+        return [_case(bar) for bar in made if bar.level == "quick"]
+    return [*(_case(bar) for bar in made), *(_elsewhere(bar) for bar in gpu_targets.made(options))]
 
 
 def _case(bar: Bar) -> Case:
     def run(context: Context) -> list[Row]:
-        return bar.judge([context.rows(case) for case in bar.cases])
+        judged = bar.judge([context.rows(case) for case in bar.cases])
+        where, threads = device.label(context.options.device), torch.get_num_threads()
+        return [row.replace(case=bar.name, device=where, threads=threads) for row in judged]
 
     return Case("targets", bar.name, run, 0.01, (bars.OURS,), bar.cases)
 
 
-def _draw(options: Options, bar: str) -> np.random.Generator:
-    """The source of a bar's drawn shape: the same for the same seed, whatever else runs."""
-    return np.random.default_rng([options.seed, zlib.crc32(bar.encode())])
-
-
-def _base(name: str, words: str, **more: object) -> Row:
-    return Row("targets", name, bars.OURS, bar=words).replace(**more)
-
-
-def _attention(name: str, seconds: float, problem: Problem, *, memory: bool = False) -> Case:
-    """A measurement that only ``targets`` needs: ours against SDPA."""
-    own = (bars.OURS, "sdpa")
+def _elsewhere(bar: Bar) -> Case:
+    """A bar for another device: nothing is measured, and nothing is missed."""
 
     def run(context: Context) -> list[Row]:
-        chosen = context.options.chosen(own)
-        row = Row("targets", name, "-")
-        return attention_rows(context, row, problem, chosen, with_memory=chosen if memory else ())
+        reason = f"needs --device cuda: {device.no_gpu() or 'this run measures the processor'}"
+        judged = bar.judge([[] for _ in bar.cases])
+        return [row.replace(case=bar.name, status="refused", reason=reason, note=None) for row in judged]
 
-    return Case("targets", name, run, seconds, own)
+    return Case("targets", bar.name, run, 0.0, (bars.OURS,))
 
 
 def _dense(options: Options) -> list[Bar]:
-    rng = _draw(options, "dense")
+    rng = bars.draw(options, "dense")
     drawn = (
         int(rng.integers(2049, 6144)),
         int(rng.integers(3, 13)),
@@ -89,16 +85,16 @@ def _dense(options: Options) -> list[Bar]:
             stem = f"dense-{heads}x{n}x{width}-{dtype}"
             problem = Problem(as_mask("full"), n, heads=heads, width=width, dtype=dtype, seed=options.seed)
             measured = tuple(
-                _attention(f"{stem}-deviation{d:g}", 6.0, replace(problem, deviation=d)) for d in DEVIATIONS
+                bars.attention(f"{stem}-deviation{d:g}", 2.5, replace(problem, deviation=d)) for d in DEVIATIONS
             )
             words = f"dense forward (1,{heads},{n},{width}) {dtype} over SDPA"
-            base = _base(stem, words, dtype=dtype, length=n)
+            base = bars.promise(stem, words, dtype=dtype, length=n)
             made.append(Bar(f"bar-{stem}", measured, bars.dense(base, DENSE[dtype])))
     return made
 
 
 def _masks(options: Options) -> list[Bar]:
-    rng = _draw(options, "masks")
+    rng = bars.draw(options, "masks")
     drawn = (int(rng.integers(3073, 5120)), int(rng.integers(4, 10)), int(rng.choice([48, 64, 80])))
     dtypes = DTYPES if options.level == "full" else (str(rng.choice(DTYPES)),)  # compiling takes minutes
     made = []
@@ -107,9 +103,9 @@ def _masks(options: Options) -> list[Bar]:
             found = [masks.case(name, n, dtype, options, heads=heads, width=width) for name in STATIC]
             where = f"N = {n}, {heads} heads, D {width}, {dtype}"
             stem = f"{n}x{heads}x{width}-{dtype}"
-            base = _base(f"flex-{stem}", f"static masks over FlexAttention, {where}", dtype=dtype, length=n)
+            base = bars.promise(f"flex-{stem}", f"static masks over FlexAttention, {where}", dtype=dtype, length=n)
             made.append(Bar(f"bar-flex-{stem}", tuple(found), bars.against_flex(base, STATIC, *FLEX[dtype])))
-            base = _base(f"area-{stem}", f"cost follows area, {where}", dtype=dtype, length=n)
+            base = bars.promise(f"area-{stem}", f"cost follows area, {where}", dtype=dtype, length=n)
             whole = found[list(STATIC).index("full")]
             judge = bars.cost_follows_area(base, STATIC, *AREA[dtype])
             made.append(Bar(f"bar-area-{stem}", (whole, *found), judge))
@@ -117,7 +113,7 @@ def _masks(options: Options) -> list[Bar]:
 
 
 def _backward(options: Options) -> list[Bar]:
-    rng = _draw(options, "backward")
+    rng = bars.draw(options, "backward")
     n = int(rng.integers(4097, 7168))
     made = []
     for tokens, window in ((8192, 512), (n, int(rng.integers(n // 20, n // 16)))):
@@ -125,14 +121,14 @@ def _backward(options: Options) -> list[Bar]:
 
         mask = as_mask(f"causal & window({window})")
         problem = Problem(mask, tokens, phase="forward+backward", seed=options.seed)
-        measured = _attention(stem, 60.0, problem, memory=True)
-        base = _base(stem, f"forward + backward, causal window {window}, N = {tokens}", length=tokens)
+        measured = bars.attention(stem, 25.0, problem, memory=True)
+        base = bars.promise(stem, f"forward + backward, causal window {window}, N = {tokens}", length=tokens)
         made.append(Bar(f"bar-{stem}", (measured,), bars.backward(base, *BACKWARD)))
     return made
 
 
 def _layouts(options: Options) -> list[Bar]:
-    rng = _draw(options, "layouts")
+    rng = bars.draw(options, "layouts")
     builds = {build.name: build for build in layouts.BUILDS}
     made = []
     for length, asked in LAYOUTS.items():
@@ -151,7 +147,7 @@ def _layouts(options: Options) -> list[Bar]:
 
 def _layout(build: layouts.Build, length: int, ms: float, mib: float | None, level: str) -> Bar:
     words = f"layout {build.mask}{'' if build.keyed else ' without a tile key'}, N = {length:,}"
-    base = _base(f"layout-{build.name}-{length}", words, length=length, mask=build.mask)
+    base = bars.promise(f"layout-{build.name}-{length}", words, length=length, mask=build.mask)
     return Bar(
         f"bar-layout-{build.name}-{length}",
         (layouts.case(build, length),),
@@ -161,7 +157,7 @@ def _layout(build: layouts.Build, length: int, ms: float, mib: float | None, lev
 
 
 def _memory(options: Options) -> list[Bar]:
-    rng = _draw(options, "memory")
+    rng = bars.draw(options, "memory")
     last = int(rng.integers(180_001, 262_144))
     made = []
     for lengths, window in (
@@ -169,7 +165,8 @@ def _memory(options: Options) -> list[Bar]:
         ((last // 4, last // 2, last), int(rng.integers(512, 1536))),
     ):
         measured = tuple(_peak(n, window, options) for n in lengths)
-        base = _base(f"memory-{lengths[-1]}", f"memory of forward, one head, window({window})", length=lengths[-1])
+        words = f"memory of forward, one head, window({window})"
+        base = bars.promise(f"memory-{lengths[-1]}", words, length=lengths[-1])
         made.append(Bar(f"bar-memory-{lengths[-1]}", measured, bars.linear_memory(base, lengths, MEMORY_GIB)))
     return made
 
@@ -186,16 +183,16 @@ def _peak(length: int, window: int, options: Options) -> Case:
         row = Row("targets", name, bars.OURS, shape=problem.shape, length=length, dtype=problem.dtype)
         return [with_peak(row.replace(mask=problem.mask.text, seed=options.seed), problem)]
 
-    return Case("targets", name, run, 6.0, (bars.OURS,))
+    return Case("targets", name, run, 3.0, (bars.OURS,))
 
 
 def _overhead(options: Options) -> list[Bar]:
-    rng = _draw(options, "overhead")
+    rng = bars.draw(options, "overhead")
     drawn = (1, int(rng.integers(2, 9)), int(rng.integers(17, 96)), int(rng.choice([32, 48, 64])))
     made = []
     for shape in (overhead.SHAPE, drawn):
         words = f"overhead of attention(), ({','.join(map(str, shape))}) causal"
-        base = _base("overhead-" + "x".join(map(str, shape)), words)
+        base = bars.promise("overhead-" + "x".join(map(str, shape)), words)
         case = overhead.case(shape, options)
         made.append(Bar(f"bar-{base.case}", (case,), bars.overhead(base, OVERHEAD), "quick"))
     return made
@@ -204,12 +201,13 @@ def _overhead(options: Options) -> list[Bar]:
 def _packing(options: Options) -> list[Bar]:
     from manyheads.bench.packing import encoder_case
 
-    rng = _draw(options, "packing")
+    rng = bars.draw(options, "packing")
     drawn = (int(rng.integers(96, 192)), int(rng.integers(1, 2**31)))
     made = []
     for documents, seed in ((512, None), drawn):
         case = encoder_case("float32", options, documents=documents, seed=seed)
-        base = _base(f"packing-{documents}", f"packing {documents} documents, float32, sentences/s", dtype="float32")
+        words = f"packing {documents} documents, float32, sentences/s"
+        base = bars.promise(f"packing-{documents}", words, dtype="float32")
         made.append(Bar(f"bar-packing-{documents}", (case,), bars.packing(base, *PACKING)))
     return made
 

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 NOISE = 0.25
 """A spread (p80 - p20) above this share of the median marks a row as noisy."""
@@ -81,6 +81,38 @@ def percentile(samples: tuple[float, ...], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+class Stopwatch(Protocol):
+    """How one sample is taken; a GPU has its own, see ``manyheads.bench.device``."""
+
+    def first(self, call: Callable[[], object]) -> float:
+        """Milliseconds of one call as its caller feels them, compilation and launches included."""
+
+    def sample(self, call: Callable[[], object], inner: int) -> float:
+        """Milliseconds of one call, the mean over ``inner`` of them."""
+
+
+@dataclass(frozen=True)
+class HostWatch:
+    """Reads the clock of the processor around calls that are over when they return.
+
+    Attributes:
+        clock: Nanoseconds; replaced in tests.
+    """
+
+    clock: Callable[[], int] = time.perf_counter_ns
+
+    def first(self, call: Callable[[], object]) -> float:
+        """Milliseconds of one call."""
+        return self.sample(call, 1)
+
+    def sample(self, call: Callable[[], object], inner: int) -> float:
+        """Milliseconds of one call, the mean over ``inner`` of them."""
+        start = self.clock()
+        for _ in range(inner):
+            call()
+        return (self.clock() - start) / inner / 1e6
+
+
 def interleave(
     calls: Mapping[str, Callable[[], object]],
     *,
@@ -89,6 +121,8 @@ def interleave(
     warmup: int = 1,
     inner: int = 1,
     warm: bool = False,
+    watch: Stopwatch | None = None,
+    before: Callable[[], object] | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:
     """Times several calls in turn: A, B, C, A, B, C, ...
@@ -99,11 +133,13 @@ def interleave(
 
     Args:
         calls: What to time, by name, in order.
-        budget_s: Time for the rounds, in seconds, per call.
+        budget_s: Time for the rounds, in seconds, per call; what ``before`` takes counts.
         rounds: Fewest and most rounds; the fewest are run whatever the budget.
         warmup: Untimed rounds after the first call.
         inner: Calls per sample, for calls of microseconds; a sample is their mean.
         warm: Whether every call has been made before, so that none is a first one.
+        watch: How a sample is taken; by the clock of the processor by default.
+        before: Run before each sample and not timed: what empties the caches.
         clock: Nanoseconds; replaced in tests.
 
     Returns:
@@ -120,25 +156,18 @@ def interleave(
     fewest, most = rounds
     if not calls or not 1 <= fewest <= most:
         raise ValueError(f"interleave: expected calls and 1 <= fewest <= most rounds, got {len(calls)}, {rounds}")
-    first = {name: None if warm else _sample(call, 1, clock) for name, call in calls.items()}
+    watch = HostWatch(clock) if watch is None else watch
+    first = {name: None if warm else watch.first(call) for name, call in calls.items()}
     for _ in range(warmup):
         for call in calls.values():
-            _sample(call, 1, clock)
+            watch.sample(call, 1)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    budget_ms = budget_s * 1e3 * len(calls)
-    spent = 0.0
+    end = clock() + budget_s * 1e9 * len(calls)
     for done in range(most):
-        if done >= fewest and spent >= budget_ms:
+        if done >= fewest and clock() >= end:
             break
         for name, call in calls.items():
-            took = _sample(call, inner, clock)
-            samples[name].append(took)
-            spent += took * inner
+            if before is not None:
+                before()
+            samples[name].append(watch.sample(call, inner))
     return {name: Timing(tuple(samples[name]), first[name]) for name in calls}
-
-
-def _sample(call: Callable[[], object], inner: int, clock: Callable[[], int]) -> float:
-    start = clock()
-    for _ in range(inner):
-        call()
-    return (clock() - start) / inner / 1e6

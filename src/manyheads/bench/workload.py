@@ -11,7 +11,9 @@ from torch import Tensor
 
 from manyheads.mask import Mask
 
-PHASES = ("forward", "forward+backward")
+PHASES = ("forward", "backward", "forward+backward")
+PASSES = {"forward": 2, "backward": 5, "forward+backward": 7}
+"""Operations of a phase in halves of a forward pass: the scores are computed again on the way back."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -29,10 +31,12 @@ class Problem:
         width: Head width D of queries and keys.
         value_width: Head width of values; default D.
         dtype: Name of the torch dtype.
-        phase: ``"forward"`` (under no_grad) or ``"forward+backward"``.
+        phase: ``"forward"`` (under no_grad), ``"backward"`` (the gradients alone, of a forward pass that is not
+            timed) or ``"forward+backward"``.
         scale: What the dot products are multiplied by; ``width ** -0.5`` by default.
         deviation: Standard deviation of the logits of synthetic inputs.
         seed: Seed of synthetic inputs.
+        device: Where the inputs are: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
     """
 
     mask: Mask
@@ -48,6 +52,7 @@ class Problem:
     scale: float | None = None
     deviation: float = 1.0
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def nk(self) -> int:
@@ -74,7 +79,25 @@ class Problem:
     @property
     def backward(self) -> bool:
         """Whether gradients are part of the work."""
-        return self.phase == "forward+backward"
+        return self.phase != "forward"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the inputs are on a GPU."""
+        return self.device.startswith("cuda")
+
+    @property
+    def layout(self) -> str:
+        """How query and key heads are grouped.
+
+        Example:
+            >>> from manyheads.mask import Causal
+            >>> [Problem(Causal(), 8, heads=8, kv_heads=n).layout for n in (8, 2, 1)]
+            ['mha', 'gqa 8:2', 'mqa 8:1']
+        """
+        if self.hkv == self.heads:
+            return "mha"
+        return f"{'mqa' if self.hkv == 1 else 'gqa'} {self.heads}:{self.hkv}"
 
     @property
     def shape(self) -> str:
@@ -99,8 +122,15 @@ class Problem:
         Returns:
             Floating-point operations, a multiplication and an addition counted as two.
         """
-        forward = 2 * pairs * (self.width + self.dv)
-        return forward * 7 // 2 if self.backward else forward
+        return pairs * (self.width + self.dv) * PASSES[self.phase]
+
+    def exps(self, pairs: int) -> int:
+        """Exponentials that the visible pairs need: one in each direction.
+
+        Args:
+            pairs: Visible pairs summed over batch and heads.
+        """
+        return pairs * (2 if self.phase == "forward+backward" else 1)
 
     def bytes(self) -> int:
         """Bytes of q, k, v and the result, once; with gradients also theirs."""
@@ -111,14 +141,19 @@ class Problem:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Draws normal q, k, v whose logits have the deviation asked for under the default scale.
 
+        They are drawn on the device, so that the same seed gives other numbers on a GPU than on a CPU.
+
         Returns:
             q (B, Hq, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv).
         """
-        generator = torch.Generator().manual_seed(self.seed)
-        q = torch.randn(self.batch, self.heads, self.queries, self.width, generator=generator)
-        k = torch.randn(self.batch, self.hkv, self.nk, self.width, generator=generator)
-        v = torch.randn(self.batch, self.hkv, self.nk, self.dv, generator=generator)
-        return (q * self.deviation).to(self.torch_dtype), k.to(self.torch_dtype), v.to(self.torch_dtype)
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+
+        def drawn(heads: int, tokens: int, width: int) -> Tensor:
+            return torch.randn(self.batch, heads, tokens, width, generator=generator, device=self.device)
+
+        q = drawn(self.heads, self.queries, self.width) * self.deviation
+        k, v = drawn(self.hkv, self.nk, self.width), drawn(self.hkv, self.nk, self.dv)
+        return q.to(self.torch_dtype), k.to(self.torch_dtype), v.to(self.torch_dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +176,9 @@ class Captured:
     scale: float
     source: str
 
-    def problem(self, mask: Mask, length: int, dtype: str, seed: int) -> Problem:
+    def problem(
+        self, mask: Mask, length: int, dtype: str, seed: int, *, phase: str = "forward", device: str = "cpu"
+    ) -> Problem:
         """The problem of these inputs under a mask, cut to some tokens."""
         return Problem(
             mask,
@@ -154,11 +191,13 @@ class Captured:
             dtype=dtype,
             scale=self.scale,
             seed=seed,
+            phase=phase,
+            device=device,
         )
 
-    def tensors(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """The first tokens, in a dtype."""
-        q, k, v = (t[:, :, :length].to(dtype).contiguous() for t in (self.q, self.k, self.v))
+    def tensors(self, length: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """The first tokens, in a dtype, on a device."""
+        q, k, v = (t[:, :, :length].to(device, dtype).contiguous() for t in (self.q, self.k, self.v))
         return q, k, v
 
 

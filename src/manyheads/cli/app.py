@@ -13,6 +13,7 @@ from manyheads.cli import complain
 
 _Click: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
+_SLOWER = "Fail if something of ours is slower by more than so many percent, beyond noise."
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 app = typer.Typer(
@@ -72,9 +73,17 @@ def bench(
     context: typer.Context,
     suite: Annotated[list[str] | None, typer.Option(help="Only this suite; may be repeated.")] = None,
     provider: Annotated[list[str] | None, typer.Option(help="Only this provider; may be repeated.")] = None,
-    mask: Annotated[list[str] | None, typer.Option(help="A static mask by name, or any mask as text.")] = None,
+    mask: Annotated[list[str] | None, typer.Option(help="A mask by name, or any mask as text.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help='Only this case, or a pattern, as "causal-*".')] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
     length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; may be repeated.")] = None,
+    heads: Annotated[list[str] | None, typer.Option(help="Head layout, as 8 or 8:2; may be repeated.")] = None,
+    width: Annotated[int, typer.Option(min=0, help="Head width; 0 for the suite's own.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of drawn input.")] = 1,
+    phase: Annotated[list[str] | None, typer.Option(help="forward, backward or forward+backward.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    threads: Annotated[str, typer.Option(help="A number, or all; torch's own choice by default.")] = "",
+    cache: Annotated[str, typer.Option(help="warm, or cold to empty the caches before each sample.")] = "warm",
     quick: Annotated[bool, typer.Option("--quick", help="A couple of minutes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Everything; hours.")] = False,
     input: Annotated[Path | None, typer.Option(help="Captured q, k, v (safetensors) for the masks suite.")] = None,
@@ -84,6 +93,9 @@ def bench(
     no_verdict: Annotated[bool, typer.Option("--no-verdict", help="A missed bar is no failure.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of inputs and of the shapes that are drawn.")] = 42,
     budget: Annotated[float | None, typer.Option(min=0.0, help="Seconds of rounds a provider and case.")] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no HTML report beside the results.")] = False,
+    against: Annotated[Path | None, typer.Option(help="Earlier results to compare with at the end.")] = None,
+    fail_on_slower: Annotated[float | None, typer.Option(min=0.0, help=_SLOWER)] = None,
 ) -> int:
     """Measure: ours, torch and FlexAttention on the same inputs, interleaved."""
     from manyheads.cli import bench as command
@@ -99,9 +111,52 @@ def bench(
         input=input,
         seed=seed,
         budget_s=budget,
+        device=device,
+        cache=cache,
+        heads=tuple(heads or ()),
+        width=width,
+        batch=batch,
+        phases=tuple(phase or ()),
     )
-    request = command.Request(tuple(suite or ()), options, out, resume, dry_run, not no_verdict, context.obj)
+    request = command.Request(
+        tuple(suite or ()),
+        options,
+        out,
+        resume,
+        dry_run,
+        not no_verdict,
+        context.obj,
+        report=not no_report,
+        cases=tuple(case or ()),
+        threads=threads,
+        against=against,
+        fail_on_slower=fail_on_slower,
+    )
     return command.run(request)
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="The earlier results file.")],
+    new: Annotated[Path, typer.Argument(help="The later results file.")],
+    fail_on_slower: Annotated[float | None, typer.Option(min=0.0, help=_SLOWER)] = None,
+    everything: Annotated[bool, typer.Option("--all", help="List every row.")] = False,
+) -> int:
+    """Say what changed between two results files, and what is only noise."""
+    from manyheads.cli import compare as command
+
+    return command.run(old, new, fail_on_slower, everything=everything)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A results file, as `bench` writes them.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; beside the results by default.")] = None,
+) -> int:
+    """Write a results file as one HTML page with plots and tables, which needs no network."""
+    from manyheads.cli import report as command
+
+    return command.run(results, out)
 
 
 @app.command("list")
@@ -165,3 +220,58 @@ def capture(
     from manyheads.cli import look
 
     return look.capture(model, text, out, tokens, list(layer or ()))
+
+
+@app.command()
+def advise(
+    config: Annotated[Path, typer.Argument(help="A transformers config.json, or a folder with one.")],
+    length: Annotated[int | None, typer.Option(help="Tokens; an image model knows its own.")] = None,
+    device: Annotated[str, typer.Option(help="here, cpu, cuda, or a machine by name, as H100.")] = "here",
+    phase: Annotated[str, typer.Option(help="prefill, train or decode.")] = "prefill",
+    mask: Annotated[str | None, typer.Option(help="Instead of the model's own order: text, or a static mask.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="The config's by default.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    results: Annotated[Path | None, typer.Option(help="A results file to know from, and its machine.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Packed documents: pile, prolong64k, prolong512k.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 42,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> int:
+    """Say which attention to use for a model: ranked options with time and memory."""
+    from manyheads.cli import advise as command
+
+    kind = None if dtype is None else _SHORT.get(dtype, dtype)
+    return command.run(
+        command.Request(config, length, device, phase, mask, kind, batch, results, lengths, seed, json)
+    )
+
+
+simulate = typer.Typer(help="Plan before anything is run.", rich_markup_mode=None)
+app.add_typer(simulate, name="simulate")
+
+
+@simulate.callback()
+def _plans() -> None:
+    """Plan before anything is run."""
+
+
+@simulate.command()
+def tiles(
+    mask: Annotated[str, typer.Argument(help='Such as "causal & window(512)", or a static mask by name.')],
+    length: Annotated[int, typer.Option(help="Queries.")],
+    keys: Annotated[int | None, typer.Option(help="Keys; as many as queries by default.")] = None,
+    tile: Annotated[list[str] | None, typer.Option(help="Queries x keys of a tile; may be repeated.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch entries.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 1,
+    units: Annotated[int | None, typer.Option(help="Cores or multiprocessors that share the rows.")] = None,
+    device: Annotated[str | None, typer.Option(help="Take the units of this machine, as H100.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Draw documents from pile, prolong64k or prolong512k.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 42,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> int:
+    """Count the tiles of a mask, what they save, and how evenly its rows load a machine."""
+    from manyheads.cli import simulate as command
+
+    sizes = tuple(tile or ())
+    return command.run(
+        command.Request(mask, length, keys, sizes, batch, heads, units, device, lengths, seed, json)
+    )

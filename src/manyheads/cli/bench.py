@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manyheads.bench import display, limits, providers
+import torch
+
+from manyheads.bench import device, display, limits, providers
 from manyheads.bench.environment import environment, one_line
 from manyheads.bench.limits import Limits
 from manyheads.bench.runner import Outcome, Run
-from manyheads.bench.store import Results, Store, probe, resumable
-from manyheads.bench.suite import MODULES, Case, Options, load, unfold
-from manyheads.bench.workload import DTYPES, Problem
-from manyheads.common.errors import unknown
-from manyheads.mask import as_mask
+from manyheads.bench.store import Results, Store, probe, read, resumable
+from manyheads.bench.suite import Options
+from manyheads.cli import compare, plan, report
 
-_UNDERSTOOD = {
-    "masks": ("masks", "layouts"),
-    "lengths": ("masks", "layouts"),
-    "dtypes": ("masks", "packing"),
-    "providers": ("masks", "layouts", "overhead", "packing"),
-    "input": ("masks",),
-}
-"""Which suites a choice applies to; the others are left out unless they are named."""
+_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+"""Dtypes whose product rate is measured, by kind of device."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +35,11 @@ class Request:
         dry_run: Whether only to say what would run.
         verdict: Whether a missed bar fails the command.
         arguments: What stood on the command line, for the results file.
+        report: Whether a report is written beside the results.
+        cases: Only these cases, by name or pattern; empty for all.
+        threads: Threads of the processor: a number, ``"all"``, or empty for torch's own choice.
+        against: An earlier results file to compare with.
+        fail_on_slower: Percent by which a row may be slower than there, beyond noise.
     """
 
     suites: tuple[str, ...]
@@ -50,6 +49,11 @@ class Request:
     dry_run: bool = False
     verdict: bool = True
     arguments: tuple[str, ...] = ()
+    report: bool = True
+    cases: tuple[str, ...] = ()
+    threads: str = ""
+    against: Path | None = None
+    fail_on_slower: float | None = None
 
 
 def run(request: Request) -> int:
@@ -64,12 +68,17 @@ def run(request: Request) -> int:
     Raises:
         ValueError: Something was asked that does not exist, or the output cannot be written.
     """
-    cases = plan(request)
-    if request.dry_run:
-        return _say_plan(cases)
+    if request.fail_on_slower is not None and request.against is None:
+        raise ValueError("fail-on-slower: name the file to compare with as --against")
+    set_threads(request.threads)
+    cases = plan.plan(request.suites, request.options, request.cases)
     if request.resume and request.out is None:
         raise ValueError("resume: name the file to continue with --out")
-    env = environment()
+    if request.dry_run and not request.resume:
+        return plan.say(cases)
+    device.resolve(request.options.device)
+    before = None if request.against is None else read(request.against)
+    env = environment(request.options.device)
     header: dict[str, Any] = {
         "environment": env,
         "options": _plain(request),
@@ -78,12 +87,15 @@ def run(request: Request) -> int:
     }
     out = request.out or Path("reports") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
     earlier = resumable(out, header) if request.resume else None
+    if request.dry_run:
+        return plan.say(cases, () if earlier is None else earlier.finished)
     store, machine = _open(out, header, earlier, request.options)
     print(f"machine: {one_line(env)}\nlimits:  {machine.line()}")
-    print(
-        f"\n{display.capability_table(providers.capabilities(_typical(), _who(request.options)))}\n",
-        flush=True,
+    who = plan.who(request.options)
+    table = display.capability_table(
+        providers.capabilities(plan.typical(request.options.device), who), providers.presence(who)
     )
+    print(f"\n{table}\n", flush=True)
     with display.choose(cases) as shown:
         done = Run(
             request.options,
@@ -96,69 +108,51 @@ def run(request: Request) -> int:
         outcome = done.all(cases)
     display.show_tables(outcome.rows)
     _close(outcome, env, machine, store.path, request)
-    return outcome.status(verdict=request.verdict)
+    status = outcome.status(verdict=request.verdict)
+    if before is None:
+        return status
+    print(f"\nagainst {request.against}:")
+    return max(status, compare.report(before, read(store.path), request.fail_on_slower))
 
 
-def plan(request: Request) -> list[Case]:
-    """The cases that were asked for, every name checked.
+def set_threads(asked: str) -> None:
+    """Gives torch the threads that were asked for.
 
     Args:
-        request: What was asked.
-
-    Returns:
-        The cases in the order in which they run.
+        asked: A number, ``"all"`` for every core that this process may use, or empty for torch's own choice.
 
     Raises:
-        ValueError: An unknown suite, provider, mask or dtype, with the nearest name; or nothing is left to
-            run.
+        ValueError: Neither, or more than there are cores.
     """
-    options = request.options
-    suites = [load(name) for name in request.suites or _implied(options)]
-    for dtype in options.dtypes:
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
-    known = {*providers.names(), *(name for suite in suites for name in suite.providers)}
-    for name in options.providers:
-        if name not in known:
-            raise unknown("provider", name, known)
-    asked = set(options.providers)
-    cases = [case for suite in suites for case in suite.cases(options) if not asked or asked & {*case.providers}]
-    if not cases:
-        raise ValueError("nothing to run: no case has the suites, providers and dtypes that were asked for")
-    return cases
-
-
-def _implied(options: Options) -> tuple[str, ...]:
-    """The suites that a choice of something inside them leaves, where none is named."""
-    of = {
-        "masks": options.masks,
-        "lengths": options.lengths,
-        "dtypes": options.dtypes,
-        "providers": options.providers,
-        "input": options.input,
-    }
-    asked = [what for what, chosen in of.items() if chosen]
-    return tuple(name for name in MODULES if all(name in _UNDERSTOOD[what] for what in asked))
+    if not asked:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked != "all" and not (asked.isdigit() and 1 <= int(asked) <= cores):
+        raise ValueError(f"threads: expected 'all' or a number from 1 to {cores}, got {asked!r}")
+    torch.set_num_threads(cores if asked == "all" else int(asked))
 
 
 def _open(out: Path, header: dict[str, Any], earlier: Results | None, options: Options) -> tuple[Store, Limits]:
     """Opens the file before anything slow is done, so that a bad place is found at once."""
     if earlier is not None and "limits" in earlier.header:
-        machine = Limits(**earlier.header["limits"])
+        machine = Limits.from_dict(earlier.header["limits"])
         return Store(out, {**header, "limits": machine.to_dict()}, earlier=earlier), machine
     probe(out)
-    machine = limits.measure(size=1024 if options.level == "quick" else 2048)
+    kind = "cuda" if options.on_gpu else "cpu"
+    small = 1024 if options.level == "quick" and not options.on_gpu else None
+    machine = limits.measure(_DTYPES[kind], size=small, device=options.device)
     return Store(out, {**header, "limits": machine.to_dict()}, earlier=earlier), machine
 
 
 def _close(outcome: Outcome, env: dict[str, Any], machine: Limits, path: Path, request: Request) -> None:
     """The last lines: verdicts, the machine they hold for, and where the rows are."""
-    bars = [row for row in outcome.rows if row.verdict is not None]
+    bars = [row for row in outcome.rows if row.verdict is not None and row.status != "refused"]
     print()
     if bars:
         met = sum(row.verdict == "met" for row in bars)
         left = " (--quick leaves out what takes minutes)" if request.options.level == "quick" else ""
-        print(f"targets: {met} of {len(bars)} met on {env['cpu_vendor']} {env['cpu_model']}{left}")
+        where = env.get("gpu") or f"{env['cpu_vendor']} {env['cpu_model']}"
+        print(f"targets: {met} of {len(bars)} met on {where}{left}")
         print(f"machine limits: {machine.line()}")
         for row in outcome.missed:
             found = f"{display.number(row.measured)}, target {row.target}" if row.measured is not None else row.note
@@ -174,39 +168,14 @@ def _close(outcome: Outcome, env: dict[str, Any], machine: Limits, path: Path, r
     if outcome.interrupted:
         print("interrupted: the rows measured so far are kept; continue with --resume --out")
     print(f"{len(outcome.rows)} rows: {path}")
-
-
-def _say_plan(asked: Sequence[Case]) -> int:
-    cases = unfold(asked)
-    total = sum(case.seconds for case in cases)
-    for case in cases:
-        print(f"{case.suite}/{case.name}: {', '.join(case.providers)}, about {case.seconds:.0f} s")
-    print(f"{len(cases)} cases, about {total / 60:.0f} minutes; nothing was run")
-    return 0
-
-
-def _typical() -> list[tuple[str, Problem]]:
-    """Problems that show who can do what."""
-    windowed = as_mask("causal & window(512)")
-    return [
-        ("dense 8192", Problem(as_mask("full"), 8192)),
-        ("causal 8192", Problem(as_mask("causal"), 8192)),
-        ("window 8192", Problem(windowed, 8192)),
-        ("window 8192, gradients", Problem(windowed, 8192, phase="forward+backward")),
-        ("window 131072", Problem(windowed, 131_072)),
-        ("window 512, float64", Problem(windowed, 512, dtype="float64")),
-    ]
-
-
-def _who(options: Options) -> list[str]:
-    return [name for name in options.chosen(providers.STANDARD) if name in providers.names()] or list(
-        providers.STANDARD
-    )
+    report.conclude(path, html=request.report)
 
 
 def _plain(request: Request) -> dict[str, Any]:
     """The options as JSON; what an interrupted run must share with the one that continues it."""
-    options = request.options
+    options, usual = request.options, Options()
+    later: dict[str, Any] = {name: getattr(options, name) for name in ("device", "cache", "width", "batch")}
+    later |= {"heads": list(options.heads), "phases": list(options.phases), "cases": list(request.cases)}
     return {
         "suites": list(request.suites),
         "level": options.level,
@@ -217,4 +186,6 @@ def _plain(request: Request) -> dict[str, Any]:
         "input": None if options.input is None else options.input.name,
         "seed": options.seed,
         "budget_s": options.budget_s,
+        # options that came later stand here only where they were used, so that older files can be continued
+        **{name: value for name, value in later.items() if value and value != getattr(usual, name, None)},
     }

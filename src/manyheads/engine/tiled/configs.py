@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 
 KERNELS = ("forward", "rows_backward", "keys_backward")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
-KINDS = ("plain", "general")
-"""``plain``: softmax over masked scores; ``general``: with a bias, cap, dropout, skipping or another weight."""
+KINDS = ("plain", "general", "heavy")
+"""``plain``: softmax over masked scores; ``general``: with one of a bias, cap, dropout, skipping or another weight;
+``heavy``: with several of them, or with a bias for every pair."""
+
+VARIABLE = "MANYHEADS_CONFIGS"
+"""Environment variable with the name of a table whose rows go before the checked-in ones."""
+
+COLUMNS = (
+    "kernel", "arch", "width", "bytes", "kind", "bm", "bn", "warps", "stages", "exp", "rescale", "persistent", "source",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +54,140 @@ Key = tuple[str, str, int, int, str]
 
 
 @functools.cache
-def table() -> dict[Key, Config]:
-    """The checked-in table: (kernel, architecture, head width, bytes of an element, kind) to configuration."""
-    text = resources.files(__package__).joinpath("configs.tsv").read_text(encoding="utf-8")
-    lines = [line.split("\t") for line in text.splitlines() if line and not line.startswith("#")]
-    head, *rows = lines
+def table(path: str | None = None) -> Mapping[Key, Config]:
+    """A table: (kernel, architecture, head width, bytes of an element, kind) to configuration.
+
+    Args:
+        path: The file; the checked-in table by default, with the rows of the one that ``MANYHEADS_CONFIGS`` names in
+            front of it.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: There is no such file, or it is not such a table; says which line.
+
+    Example:
+        >>> len({kernel for kernel, *_ in table()})
+        3
+    """
+    if path is not None:
+        try:
+            return parse(Path(path).read_text(encoding="utf-8"), path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"configurations: cannot read {path}: {error}") from None
+    shipped = parse(resources.files(__package__).joinpath("configs.tsv").read_text(encoding="utf-8"), "configs.tsv")
+    own = os.environ.get(VARIABLE)
+    return {**shipped, **table(own)} if own else shipped
+
+
+def parse(text: str, name: str = "configs.tsv") -> dict[Key, Config]:
+    """Reads the text of a table.
+
+    Args:
+        text: Tab-separated, the names of the columns first; lines that begin with ``#`` are remarks.
+        name: What to call it in errors.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        ValueError: It is not such a table; says which line.
+
+    Example:
+        >>> parse("kernel\\tarch")
+        Traceback (most recent call last):
+        ValueError: configs.tsv: expected the columns kernel arch width ...
+    """
+    lines = [(n, line.split("\t")) for n, line in enumerate(text.splitlines(), 1) if line and line[0] != "#"]
+    if not lines or tuple(lines[0][1]) != COLUMNS:
+        raise ValueError(f"{name}: expected the columns {' '.join(COLUMNS)}")
     found: dict[Key, Config] = {}
-    for row in rows:
-        cell = dict(zip(head, row, strict=True))
-        key = (cell["kernel"], cell["arch"], int(cell["width"]), int(cell["bytes"]), cell["kind"])
-        numbers = {n: int(cell[n]) for n in ("bm", "bn", "warps", "stages", "exp", "rescale", "persistent")}
-        found[key] = Config(**numbers, source=cell["source"])
+    for n, cells in lines[1:]:
+        try:
+            cell = dict(zip(COLUMNS, cells, strict=True))
+            key = (cell["kernel"], cell["arch"], int(cell["width"]), int(cell["bytes"]), cell["kind"])
+            found[key] = Config(*(int(cell[c]) for c in COLUMNS[5:12]), source=cell["source"])
+        except ValueError as error:
+            raise ValueError(f"{name}, line {n}: {error}") from None
+        if strange := wrong(key, found[key]):
+            raise ValueError(f"{name}, line {n}: {strange}")
     return found
+
+
+def render(rows: Mapping[Key, Config], remarks: Mapping[Key, str] | None = None) -> str:
+    """The text of a table.
+
+    Args:
+        rows: Its rows, in the order in which they shall stand.
+        remarks: What stands above a row.
+
+    Returns:
+        Text that ``parse`` reads back.
+    """
+    lines = ["\t".join(COLUMNS)]
+    for key, config in rows.items():
+        if remarks and key in remarks:
+            lines.append(f"# {remarks[key]}")
+        values = (config.bm, config.bn, config.warps, config.stages, config.exp, config.rescale, config.persistent)
+        lines.append("\t".join(map(str, (*key, *values, config.source))))
+    return "\n".join(lines) + "\n"
+
+
+def wrong(key: Key, config: Config) -> str | None:
+    """What is not legal in a row, whatever the compiler says; None if nothing is.
+
+    Example:
+        >>> wrong(("forward", "sm_90", 64, 2, "plain"), Config(96, 64, 4, 2))
+        'bm: expected a power of two from 16 to 256, got 96'
+    """
+    kernel, arch, width, itemsize, kind = key
+    choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
+        ("kernel", kernel, KERNELS), ("arch", arch, ARCHITECTURES), ("width", width, WIDTHS),
+        ("bytes", itemsize, (2, 4)), ("kind", kind, KINDS), ("warps", config.warps, (1, 2, 4, 8, 16)),
+        ("stages", config.stages, (1, 2, 3, 4, 5)), ("exp", config.exp, (0, 1, 4)),
+        ("persistent", config.persistent, (0, 1, 2, 3, 4)),
+    )  # fmt: skip
+    for name, value, legal in choices:
+        if value not in legal:
+            return f"{name}: expected one of {', '.join(map(str, legal))}, got {value}"
+    for name, size in (("bm", config.bm), ("bn", config.bn)):
+        if not 16 <= size <= 256 or size & (size - 1):
+            return f"{name}: expected a power of two from 16 to 256, got {size}"
+    if not 0 <= config.rescale <= 8:
+        return f"rescale: expected 0 to 8, got {config.rescale}"
+    if arch == "gfx942" and config.exp == 4:
+        return "exp: 4 is written in the assembly of NVIDIA's GPUs"
+    return None
+
+
+_instead: dict[Key, Config] = {}
+# not a context variable: the backward of a GPU runs in a thread of torch's own
+
+
+@contextlib.contextmanager
+def using(rows: Mapping[Key, Config]) -> Iterator[None]:
+    """Lets some rows stand instead of those of the table, inside the block and in every thread.
+
+    Args:
+        rows: Some configurations.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> key = ("forward", "sm_90", 64, 2, "plain")
+        >>> with using({key: Config(32, 32, 4, 1)}):
+        ...     choose(*key).bm
+        32
+    """
+    before = dict(_instead)
+    _instead.update(rows)
+    try:
+        yield
+    finally:
+        _instead.clear()
+        _instead.update(before)
 
 
 def choose(kernel: str, arch: str, width: int, itemsize: int, kind: str) -> Config:
@@ -73,8 +207,51 @@ def choose(kernel: str, arch: str, width: int, itemsize: int, kind: str) -> Conf
         >>> choose("forward", "sm_90", 80, 2, "plain").bm
         128
     """
-    bucket = next(w for w in WIDTHS if width <= w)
-    return table()[kernel, arch, bucket, itemsize, kind]
+    key = (kernel, arch, next(w for w in WIDTHS if width <= w), itemsize, kind)
+    return _instead[key] if key in _instead else table()[key]
+
+
+def for_tile(kernel: str, arch: str, width: int, itemsize: int, kind: str, tile: tuple[int, int]) -> Config | None:
+    """The configuration for a layout whose tile somebody else chose.
+
+    Args:
+        kernel, arch, width, itemsize, kind: As for :func:`choose`.
+        tile: Queries and keys of its tiles.
+
+    Returns:
+        The row of the table with this tile, if it lies inside the row's own: registers and shared memory then only
+        shrink. None if it does not; cut the tiles first.
+
+    Example:
+        >>> row = choose("forward", "sm_90", 128, 2, "plain")
+        >>> for_tile("forward", "sm_90", 128, 2, "plain", (1, 16)).warps == row.warps
+        True
+        >>> for_tile("forward", "sm_90", 128, 2, "plain", (256, 256)) is None
+        True
+    """
+    row = choose(kernel, arch, width, itemsize, kind)
+    return replace(row, bm=tile[0], bn=tile[1]) if tile[0] <= row.bm and tile[1] <= row.bn else None
+
+
+def kind_of(plain: bool, features: int, pair: bool = False) -> str:
+    """The kind of a call.
+
+    Args:
+        plain: Whether it is softmax over masked scores and nothing else.
+        features: How many of these it uses: ALiBi or a cap, a relative table, a value for each block, dropout,
+            skipping, another weight than the softmax.
+        pair: Whether it has a bias for every pair or key.
+
+    Returns:
+        One of ``KINDS``.
+
+    Example:
+        >>> kind_of(True, 0), kind_of(False, 1), kind_of(False, 2), kind_of(False, 0, pair=True)
+        ('plain', 'general', 'heavy', 'heavy')
+    """
+    if plain:
+        return "plain"
+    return "heavy" if pair or features > 1 else "general"
 
 
 def family(backend: str, arch: int | str) -> str:

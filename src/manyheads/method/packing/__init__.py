@@ -5,6 +5,14 @@ Choose rows with ``pack`` (or an algorithm by name), lay them out with ``collate
 
 Source:
     Efficient Sequence Packing without Cross-contamination, arXiv 2107.02027.
+
+Example:
+    >>> from manyheads.method.packing import collate, pack
+    >>> sequences = [[7, 8, 9, 7, 8], [5, 6, 5], [3, 4, 3, 4], [1, 2]]
+    >>> packing = pack([len(s) for s in sequences], capacity=8)
+    >>> batch = collate(sequences, packing)
+    >>> batch.input_ids.tolist(), batch.mask()
+    ([[3, 4, 3, 4, 5, 6, 5, 0], [7, 8, 9, 7, 8, 1, 2, 0]], document([[4, 3, 1], [5, 2, 1]]))
 """
 
 from __future__ import annotations

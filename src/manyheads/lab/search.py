@@ -1,0 +1,240 @@
+"""Chooses configurations from compiled resources alone, by a rule that is written down here.
+
+Of all tiles, warps and stages, those are legal whose kernel keeps the limits of its target: it does not spill, its
+memory fits, its products are matrix instructions that do not wait for each other, and so for every variant that may
+run with it. Of the legal ones the model of ``estimate`` picks the fastest; within 2 % of it the one with more stages up
+to 3, then the smaller tile, which wastes less at the edges of a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from manyheads.engine.tiled.configs import Config
+from manyheads.lab import tiled
+from manyheads.lab.estimate import bound_of_pair, cycles_of_pair
+from manyheads.lab.gate import rules_broken
+from manyheads.lab.memory import Memory
+from manyheads.lab.pool import Made
+from manyheads.lab.registry import Case
+
+SIZES = (16, 32, 64, 128)
+WARPS = (4, 8)
+STAGES = (1, 2, 3, 4)
+TIE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A row of the configuration table to be filled.
+
+    Attributes:
+        kernel, arch, width, itemsize, kind: As in ``configs``.
+    """
+
+    kernel: str
+    arch: str
+    width: int
+    itemsize: int
+    kind: str
+
+    @property
+    def dtype(self) -> str:
+        """The dtype it is compiled for."""
+        return "bf16" if self.itemsize == 2 else "fp32"
+
+    @property
+    def key(self) -> tuple[str, str, int, int, str]:
+        """The key of the configuration table."""
+        return (self.kernel, self.arch, self.width, self.itemsize, self.kind)
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.kernel} {self.arch} {self.width} {self.dtype} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A legal configuration.
+
+    Attributes:
+        config: Tile, warps, stages.
+        made: What its main variant needs.
+        cycles: Modelled cycles for a pair.
+    """
+
+    config: Config
+    made: Made
+    cycles: float
+
+
+def candidates(place: Place) -> list[Config]:
+    """Every configuration worth compiling, the most promising first.
+
+    Args:
+        place: For which row.
+
+    Returns:
+        Configurations whose accumulators can find room, by their best conceivable speed.
+
+    Example:
+        >>> len(candidates(Place("forward", "sm_90", 128, 2, "plain"))) > 20
+        True
+    """
+    found = []
+    for config in _every(place):
+        bound = bound_of_pair(place.kernel, place.arch, place.width, place.itemsize, place.kind, _shape(config))
+        if bound != float("inf"):
+            found.append((bound, -config.bm * config.bn, -min(config.stages, 3), config.stages, config))
+    return [config for *_, config in sorted(found, key=lambda entry: entry[:-1])]
+
+
+def variants(place: Place) -> list[str]:
+    """What may run with a row: its variants, the main one first."""
+    main = tiled.MAIN[place.kind]
+    some = [v for v in tiled.VARIANTS_OF[place.kernel] if tiled.VARIANTS[v][0] == place.kind and v != main]
+    if place.itemsize != 4:
+        some = [v for v in some if v != "tf32"]
+    if place.arch == "gfx942":
+        some = [v for v in some if v not in ("polynomial", "tf32")]
+    return [main, *some]
+
+
+def case(place: Place, config: Config, variant: str = "", **more: Any) -> Case:
+    """The compilation of a configuration; of the main variant by default."""
+    variant = variant or tiled.MAIN[place.kind]
+    return tiled.case(place.kernel, place.arch, place.dtype, place.width, variant, config, **more)
+
+
+def legal(made: Made) -> list[str]:
+    """Why a configuration must not be used; empty when it may.
+
+    Args:
+        made: What became of it.
+
+    Returns:
+        Reasons in words: the rules of the gate, and spills on any target.
+    """
+    reasons = list(rules_broken(made))
+    if not reasons and made.compiled is not None and made.compiled.spilled:
+        reasons.append(f"{made.case.id}: spills {made.compiled.spilled} bytes a thread")
+    return reasons
+
+
+def legal_configs(
+    place: Place,
+    memory: Memory,
+    *,
+    among: Sequence[Config] | None = None,
+    workers: int | None = None,
+    progress: Callable[[Made], object] | None = None,
+) -> list[Found]:
+    """Compiles every candidate of a row and keeps those that may be used, fastest by the model first.
+
+    Args:
+        place: Which row.
+        memory: Where results are kept.
+        among: The candidates; all by default.
+        workers: Processes that compile.
+        progress: Called with each new result.
+
+    Returns:
+        The legal ones.
+    """
+    some = list(candidates(place) if among is None else among)
+    made = memory.compile([case(place, c) for c in some], workers=workers, progress=progress)
+    found = [_found(place, c, m) for c, m in zip(some, made, strict=True) if not legal(m)]
+    return sorted(found, key=lambda f: f.cycles)
+
+
+def best(place: Place, memories: Sequence[Memory], *, workers: int | None = None) -> tuple[Found | None, str]:
+    """The configuration that the rule chooses for a row.
+
+    Candidates are compiled from the most promising on, until none that is left could beat the best one found. Where no
+    candidate is free of spills, the one that spills least is taken.
+
+    Args:
+        place: Which row.
+        memories: One for each version of the compiler under which it must be legal; the first one's resources count.
+        workers: Processes that compile.
+
+    Returns:
+        The configuration, None if nothing compiles within the limits; and a note, empty if all is well.
+    """
+    some = candidates(place)
+    found: list[Found] = []
+    spilling: list[Found] = []
+    step = 4
+    for start in range(0, len(some), step):
+        batch = some[start : start + step]
+        bounds = [_bound(place, c) for c in batch]
+        if found and min(bounds) > min(f.cycles for f in found) * (1 + TIE):
+            break
+        fine = batch
+        for memory in memories:
+            made = memory.compile([case(place, c) for c in fine], workers=workers)
+            if memory is memories[0]:
+                spilling += [
+                    _found(place, c, m) for c, m in zip(fine, made, strict=True)
+                    if m.compiled is not None and not list(rules_broken(_forgiven(m)))
+                ]  # fmt: skip
+            fine = [c for c, m in zip(fine, made, strict=True) if not legal(m)]
+        found += [f for f in spilling if f.config in fine]
+    for one in _by_rule(found):
+        if all(not legal(m) for memory in memories for m in _others(place, one.config, memory, workers)):
+            return one, ""
+    if found:
+        one = next(iter(_by_rule(found)))
+        return one, "a variant of it spills"
+    if spilling:
+        one = min(spilling, key=lambda f: (f.made.compiled.spilled if f.made.compiled else 0, f.cycles))
+        return one, f"every tile spills; this one least, {one.made.compiled.spilled if one.made.compiled else 0} bytes"
+    return None, "nothing compiles within the limits"
+
+
+def _others(place: Place, config: Config, memory: Memory, workers: int | None) -> list[Made]:
+    return memory.compile([case(place, config, v) for v in variants(place)[1:]], workers=workers)
+
+
+def _by_rule(found: Sequence[Found]) -> list[Found]:
+    left, ordered = sorted(found, key=lambda f: f.cycles), []
+    while left:
+        close = [f for f in left if f.cycles <= left[0].cycles * (1 + TIE)]
+        close.sort(key=lambda f: (-min(f.config.stages, 3), f.config.bm * f.config.bn, f.config.stages, f.cycles))
+        ordered.append(close[0])
+        left.remove(close[0])
+    return ordered
+
+
+def _found(place: Place, config: Config, made: Made) -> Found:
+    assert made.compiled is not None
+    shape = _shape(config)
+    cycles = cycles_of_pair(place.kernel, place.arch, place.width, place.itemsize, place.kind, shape, made.compiled)
+    return Found(config, made, cycles)
+
+
+def _forgiven(made: Made) -> Made:
+    """The same result if it were allowed to spill."""
+    return replace(made, case=replace(made.case, may_spill="as an exception"))
+
+
+def _bound(place: Place, config: Config) -> float:
+    return bound_of_pair(place.kernel, place.arch, place.width, place.itemsize, place.kind, _shape(config))
+
+
+def _shape(config: Config) -> tuple[int, int, int, int]:
+    return config.bm, config.bn, config.warps, config.stages
+
+
+def _every(place: Place) -> Iterator[Config]:
+    exact = place.itemsize == 4
+    for bm in SIZES:
+        for bn in SIZES:
+            # products on the plain units are unrolled: large tiles compile for minutes
+            if exact and bm * bn * place.width > 64 * 64 * 128:
+                continue
+            for warps in WARPS:
+                for stages in STAGES if place.arch != "gfx942" else STAGES[:2]:
+                    yield Config(bm, bn, warps, stages)
