@@ -109,7 +109,8 @@ def explain(
         refusals["sdpa"] = _slower(call)
     notes = []
     if taken != "sdpa":
-        tile = launch.tile_of(q, v, call.plain, False) if taken == "triton" else None
+        kind = launch.kind_of((t.kind for t in call.terms), softcap or 0.0, dropout_p, 0.0, "softmax")
+        tile = launch.tile_of(q, v, kind, False) if taken == "triton" else None
         layout = layout_for(call.mask, q, k, positions, key_padding, tile)
         notes.append(
             f"visited tiles of {layout.tile[0]} x {layout.tile[1]}: {layout.density:.2%} of all, "
@@ -119,8 +120,7 @@ def explain(
     if taken == "blocked" and q.device.type == "cpu":
         fused = call.plain and products.fused_wins(q.dtype)
         notes.append("pieces go to torch's fused kernel" if fused else "pieces go to separate products and passes")
-    if taken == "triton":
-        notes.append(launch.describe(q, v, call.plain))
+        notes.extend([launch.describe(q, v, kind)] if taken == "triton" else [])
     surprise = later_warning(call.mask, q.shape[2], k.shape[2], positions=positions)
     notes.extend([] if surprise is None else [surprise])
     return Explanation(taken, refusals, tuple(notes))

@@ -111,6 +111,7 @@ def tiled(
     if key_padding is not None:
         checks.key_padding(key_padding, k)
         k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
+    chosen = _backend(backend, q, v, terms)
     mask_text, mask_data = _flat(mask, q, k, (q_pos, k_pos))
     out, lse = op(
         q,
@@ -130,8 +131,8 @@ def tiled(
         _seed(seed) if dropout_p else None,
         float(skip_threshold or 0.0),
         weight,
-        tile or (_SKIP_TILE if skip_threshold else _ANY_TILE),
-        _backend(backend, q, v, terms),
+        tile or (_SKIP_TILE if skip_threshold and chosen != "triton" else _ANY_TILE),
+        chosen,
     )
     return Attn(out, lse) if return_lse else out
 

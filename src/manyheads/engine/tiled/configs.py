@@ -107,7 +107,8 @@ def parse(text: str, name: str = "configs.tsv") -> dict[Key, Config]:
         try:
             cell = dict(zip(COLUMNS, cells, strict=True))
             key = (cell["kernel"], cell["arch"], int(cell["width"]), int(cell["bytes"]), cell["kind"])
-            found[key] = Config(*(int(cell[c]) for c in COLUMNS[5:12]), source=cell["source"])
+            bm, bn, warps, stages, exp, rescale, persistent = (int(cell[c]) for c in COLUMNS[5:12])
+            found[key] = Config(bm, bn, warps, stages, exp, rescale, persistent, cell["source"])
         except ValueError as error:
             raise ValueError(f"{name}, line {n}: {error}") from None
         if strange := wrong(key, found[key]):

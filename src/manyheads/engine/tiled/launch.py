@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -57,19 +57,37 @@ def interpreted() -> bool:
     return not isinstance(_kernels().forward, JITFunction)
 
 
-def tile_of(q: Tensor, v: Tensor, plain: bool, backward: bool) -> tuple[int, int]:
-    """The tile in which a mask should be laid out for a call."""
-    config = _config("rows_backward" if backward else "forward", q, v, plain)
+def kind_of(bias: Iterable[str], softcap: float, dropout_p: float, skip_threshold: float, weight: str) -> str:
+    """The kind of configuration that a call takes.
+
+    Args:
+        bias: Kinds of the bias's terms.
+        softcap, dropout_p, skip_threshold: 0 for none.
+        weight: Name of the weight.
+    """
+    kinds = set(bias)
+    pair = bool(kinds & {"pair", "per_key"})
+    used = ("alibi" in kinds or softcap > 0, "relative" in kinds, "per_block" in kinds, dropout_p > 0)
+    features = sum(used) + (skip_threshold > 0) + (weight != "softmax")
+    return configs.kind_of(not (pair or features), features, pair)
+
+
+def tile_of(q: Tensor, v: Tensor, kind: str, backward: bool, skips: bool = False) -> tuple[int, int]:
+    """The tile in which a mask should be laid out for a call; where tiles are skipped, one for all kernels."""
+    if skips:
+        rows = [_config(kernel, q, v, kind) for kernel in configs.KERNELS]
+        return min(c.bm for c in rows), min(c.bn for c in rows)
+    config = _config("rows_backward" if backward else "forward", q, v, kind)
     return config.bm, config.bn
 
 
-def describe(q: Tensor, v: Tensor, plain: bool) -> str:
+def describe(q: Tensor, v: Tensor, kind: str) -> str:
     """The configurations of a call in words, for ``explain``."""
     parts = []
     for kernel in configs.KERNELS:
-        c = _config(kernel, q, v, plain)
+        c = _config(kernel, q, v, kind)
         parts.append(f"{kernel} {c.bm} x {c.bn}, {c.warps} warps, {c.stages} stages ({c.source})")
-    return f"kernels for {_architecture(q.device)}: " + "; ".join(parts)
+    return f"{kind} kernels for {_architecture(q.device)}: " + "; ".join(parts)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -175,9 +193,9 @@ class _Call:
 
     def __init__(self, p: Problem, kernel: str, layout: TileLayout, dout: Tensor | None = None) -> None:
         self.p, self.name = p, kernel
-        self.config = _config(kernel, p.q, p.v, p.plain)
-        exact = p.skip_threshold > 0
-        self.layout = fitting(layout, (self.config.bm, self.config.bn), exact)
+        kind = kind_of((t.kind for t in p.terms), p.softcap, p.dropout_p, p.skip_threshold, p.weight.name)
+        self.config = _config(kernel, p.q, p.v, kind)
+        self.layout = fitting(layout, (self.config.bm, self.config.bn), p.own_tiles, p.skip_threshold > 0)
         device = p.q.device
         keys = kernel == "keys_backward"
         self.rows: Rows = (by_keys if keys else by_queries)(self.layout, device)
@@ -232,7 +250,7 @@ class _Call:
             "index": rows.index, "index_b": rows.steps[0], "index_h": rows.steps[1], "width": rows.width,
             "IDS": rows.width > 0, "IDS_MASKED": rows.masked,
         }  # fmt: skip
-        arguments |= _positions(p, self.nothing) | self.slots.arguments(self.nothing)
+        arguments |= _positions(p, self.nothing) | self.slots.arguments(self.nothing, p.scale, p.softcap)
         arguments |= {
             "nq": p.q.shape[2], "nk": p.k.shape[2], "heads": p.q.shape[1], "group": p.group, "scale": float(p.scale),
             "softcap": float(p.softcap), "dropped": int(p.dropout_p * 2**31),
@@ -307,8 +325,7 @@ def _architecture(device: torch.device) -> str:
     return configs.family("cuda", 10 * major + minor)
 
 
-def _config(kernel: str, q: Tensor, v: Tensor, plain: bool) -> Config:
-    kind = "plain" if plain else "general"
+def _config(kernel: str, q: Tensor, v: Tensor, kind: str) -> Config:
     if interpreted():
         # numpy rounds products of different shapes differently; in one shape, weights agree with their lse as on a GPU
         kernel = "forward"

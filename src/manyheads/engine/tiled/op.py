@@ -61,8 +61,9 @@ def _problem(
     bias_grads: bool = True,
 ) -> Problem:
     if backend == "triton" and not tile[0]:
-        plain = not (bias or softcap or dropout_p or skip_threshold) and weight == "softmax"
-        tile = launch.tile_of(q, v, plain, backward)
+        terms_text = (part.split(":")[0] for part in bias.split(";") if part)
+        kind = launch.kind_of(terms_text, softcap, dropout_p, skip_threshold, weight)
+        tile = launch.tile_of(q, v, kind, backward, skip_threshold > 0)
     small = (
         None
         if mask_data or q_pos is not None or key_padding is not None
@@ -95,6 +96,7 @@ def _problem(
         0 if seed is None else int(seed),
         skip_threshold,
         bias_grads,
+        skip_threshold > 0 or mask.startswith("layout("),
     )
 
 

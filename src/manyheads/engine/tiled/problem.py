@@ -35,6 +35,7 @@ class Problem:
         skip_threshold: Tiles whose best score lies below the running maximum by more than ``-log`` of it are
             skipped; 0 for none.
         bias_grads: Whether the backward should find the gradients of the terms; zeros otherwise.
+        own_tiles: Whether the caller chose the layout's tiles, rather than the engine.
     """
 
     q: Tensor
@@ -52,6 +53,7 @@ class Problem:
     seed: int = 0
     skip_threshold: float = 0.0
     bias_grads: bool = True
+    own_tiles: bool = False
 
     @property
     def accumulate(self) -> torch.dtype:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.errors import UnsupportedError
 from ...mask.evaluate import pack, unpack
 from ...mask.layout import TileLayout
 
@@ -40,23 +41,32 @@ class Rows:
     steps: tuple[int, int]
 
 
-def fitting(layout: TileLayout, tile: tuple[int, int], exact: bool = False) -> TileLayout:
-    """The layout in tiles that a kernel can take: its own where they are legal, else those of the configuration.
+def fitting(layout: TileLayout, tile: tuple[int, int], own: bool, skips: bool = False) -> TileLayout:
+    """The layout in tiles that a kernel can take.
 
     Args:
         layout: Any layout.
         tile: Queries and keys of the configuration's tile.
-        exact: Whether tiles must not be changed, because skipping decides by them.
+        own: Whether the layout's tiles are the caller's choice, and so kept where they fit into the configuration's.
+        skips: Whether tiles are skipped, and so cannot be cut.
 
     Returns:
         The layout itself, or an exact rearrangement, kept with it.
+
+    Raises:
+        UnsupportedError: Tiles that are skipped and do not fit.
     """
-    bm, bn = layout.tile
-    legal = bm & (bm - 1) == 0 and bn & (bn - 1) == 0 and bm <= 128 and 16 <= bn <= 128
-    if layout.tile == tile or (legal and (exact or layout.ids is not None)):
+    (bm, bn), (most_m, most_n) = layout.tile, tile
+    powers = bm & (bm - 1) == 0 and bn & (bn - 1) == 0
+    if layout.tile == tile or (own and powers and bm <= most_m and 16 <= bn <= most_n):
         return layout
-    if exact:
-        raise ValueError(f"tile: the triton backend skips by tiles of powers of two from 16 to 128, got {layout.tile}")
+    if skips:
+        raise UnsupportedError(
+            f"tile: where tiles are skipped the triton backend needs powers of two up to {most_m} x {most_n}, keys "
+            f"from 16, for these head widths and options; got {bm} x {bn}"
+        )
+    if own and powers:
+        tile = min(bm, most_m), max(16, min(bn, most_n))
     known = layout.__dict__.setdefault("_fitted", {})
     if tile not in known:
         known[tile] = layout.retile(tile)

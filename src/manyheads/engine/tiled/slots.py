@@ -28,8 +28,13 @@ class Slots(NamedTuple):
     block: Tensor | None = None
     size: tuple[int, int] = (0, 0)
 
-    def arguments(self, nothing: Tensor) -> dict[str, Any]:
-        """Keyword arguments of every kernel."""
+    def arguments(self, nothing: Tensor, scale: float, softcap: float) -> dict[str, Any]:
+        """Keyword arguments of every kernel.
+
+        Biases of pairs start the product of the scores where they can: without a cap between, and divided by a scale
+        that keeps them finite.
+        """
+        joined = not softcap and abs(scale) > 2.0**-20
         table, pair, block = self.table, self.pair, self.block
         return {
             "slopes": nothing if self.slopes is None else self.slopes,
@@ -42,7 +47,7 @@ class Slots(NamedTuple):
             **dict(zip(("block_b", "block_h", "block_q"), _steps(block, 4)[:3], strict=True)),
             "ALIBI": self.slopes is not None,
             "RELATIVE": table is not None,
-            "PAIR": pair is not None,
+            "PAIR": 0 if pair is None else 2 if joined else 1,
             "BLOCK_Q": self.size[0],
             "BLOCK_K": self.size[1],
         }

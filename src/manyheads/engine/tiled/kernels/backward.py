@@ -12,6 +12,7 @@ from .parts import (
     load_packed,
     load_rows,
     packed_rows,
+    product,
     read_id,
     read_run,
     row_scores,
@@ -88,16 +89,14 @@ def _rows_tile(
             best = new
         vt = load_rows(keys[1], t * BN, keys[3], keys[5], DV, BDV, BN)
         dw = tl.dot(dout, tl.trans(vt), input_precision=PRECISION)
-        used, product, g = _grad_of_scores(
-            s, dw, lse[:, None], delta[:, None], kept, numbers[5], WEIGHT, DROPOUT, NATURAL
-        )
+        used, sums, g = _grad_of_scores(s, dw, lse[:, None], delta[:, None], kept, numbers[5], WEIGHT, DROPOUT, NATURAL)
         if WEIGHT != "softmax":
             if cut:
                 g = tl.where(visible(t, mask_id, side, keys, BM, BN), g, 0.0)
         if WHAT == 0:
             acc = tl.dot((g * slope).to(kt.dtype), kt, acc, input_precision=PRECISION)
         elif WHAT == 1:
-            acc += tl.sum(product, 1)
+            acc += tl.sum(sums, 1)
         else:
             j = t * BN + tl.arange(0, BN)
             at = ds + ((b * heads + h).to(tl.int64) * strip + (i - row0))[:, None] * keys[5] + j[None, :]
@@ -127,11 +126,11 @@ def rows_backward(
     b, h0, row, row_set = work_item(work, tl.program_id(0), tiles, heads, index, index_b, index_h, PACK)
     h, i, r, live = packed_rows(row * BM, h0, nq, BM, PACK, ROWS)
     far = b.to(tl.int64)
-    qt = load_packed(q + far * sqb, h, i, nq, sqh, sqn, D, BD)
-    dt = load_packed(dout + far * sdb, h, i, nq, sdh, sdn, DV, BDV)
+    qt = load_packed(q + far * sqb, h, i, sqh, sqn, D, BD)
+    dt = load_packed(dout + far * sdb, h, i, sdh, sdn, DV, BDV)
     qp = i
     if ALIBI or RELATIVE or DROPOUT:
-        qp = tl.load(q_pos + far * q_pos_b + tl.minimum(i, nq - 1))
+        qp = tl.load(q_pos + far * q_pos_b + i)
     at = (b * heads + h).to(tl.int64) * nq + i
     lt = units(tl.load(lse + at, mask=live, other=float("inf")), NATURAL)
     if WHAT == 1:
@@ -187,22 +186,21 @@ def _keys_tile(
         qt = load_rows(q + h0.to(tl.int64) * sqh, t * BM, sqn, nq, D, BD, COLS)
         dt = load_rows(dout + h0.to(tl.int64) * sdh, t * BM, sdn, nq, DV, BDV, COLS)
     else:
-        qt = load_packed(q, h, i, nq, sqh, sqn, D, BD)
-        dt = load_packed(dout, h, i, nq, sdh, sdn, DV, BDV)
+        qt = load_packed(q, h, i, sqh, sqn, D, BD)
+        dt = load_packed(dout, h, i, sdh, sdn, DV, BDV)
     qp = i
     if ALIBI or RELATIVE or DROPOUT:
-        qp = tl.load(q_pos + tl.minimum(i, nq - 1))
+        qp = tl.load(q_pos + i)
     at = (b * heads + h).to(tl.int64) * nq + i
     lt = units(tl.load(lse + at, mask=live, other=float("inf")), NATURAL)
     et = tl.load(delta + at, mask=live, other=0.0)
     if SKIP:
         place = skipped + ((b * heads + h).to(tl.int64) * tl.cdiv(nq, BM) + t) * tiles + row
         lt = tl.where(tl.load(place) != 0, float("inf"), lt)
-    s = tl.dot(k, tl.trans(qt), input_precision=PRECISION)
-    inside = (j < nk)[:, None] & live[None, :]
-    where = (b, h[None, :], i[None, :], j[:, None], qp[None, :], kp[:, None], inside)
+    where = (b, h[None, :], i[None, :], j[:, None], qp[None, :], kp[:, None])
+    s = product(k, qt, numbers, where, terms, PAIR, PRECISION)
     s, slope = finish_scores(s, numbers, where, terms, FAST, SOFTCAP, ALIBI, RELATIVE, PAIR, BLOCK_Q, BLOCK_K)
-    kept = inside
+    kept = kp
     if DROPOUT:
         kept = survives(numbers[4], b, h[None, :], qp[None, :], kp[:, None], numbers[3])
     if WEIGHT == "softmax":
@@ -210,7 +208,7 @@ def _keys_tile(
         if mask_id != 0:
             s = tl.where(bitmap(bits, mask_id, r, column, BN, BM), s, float("-inf"))
     dw = tl.dot(v, tl.trans(dt), input_precision=PRECISION)
-    used, product, g = _grad_of_scores(s, dw, lt[None, :], et[None, :], kept, numbers[5], WEIGHT, DROPOUT, NATURAL)
+    used, sums, g = _grad_of_scores(s, dw, lt[None, :], et[None, :], kept, numbers[5], WEIGHT, DROPOUT, NATURAL)
     if WEIGHT != "softmax":
         if mask_id != 0:
             seen = bitmap(bits, mask_id, r, column, BN, BM)
@@ -248,10 +246,11 @@ def keys_backward(
     vt = load_rows(v + far * svb + kv * svh, row * BN, svn, nk, DV, BDV, BN)
     r = tl.arange(0, BN)
     j = row * BN + r
-    kp = j
+    near = tl.minimum(j, nk - 1)
+    kp = near
     if ALIBI or RELATIVE or DROPOUT:
-        kp = tl.load(k_pos + far * k_pos_b + tl.minimum(j, nk - 1))
-    side = (b, j, r, kp)
+        kp = tl.load(k_pos + far * k_pos_b + near)
+    side = (b, near, r, kp)
     queries = (q + far * sqb, dout + far * sdb, lse, delta, q_pos + far * q_pos_b, sqh, sqn, sdh, sdn)
     gk = tl.zeros([BN, BD], tl.float32)
     gv = tl.zeros([BN, BDV], tl.float32)

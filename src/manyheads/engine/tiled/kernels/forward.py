@@ -91,10 +91,10 @@ def _forward_item(
     b, h0, row, row_set = work_item(work, n, tiles, heads, index, index_b, index_h, PACK)
     h, i, r, live = packed_rows(row * BM, h0, nq, BM, PACK, ROWS)
     far = b.to(tl.int64)
-    qt = load_packed(q + far * sqb, h, i, nq, sqh, sqn, D, BD)
+    qt = load_packed(q + far * sqb, h, i, sqh, sqn, D, BD)
     qp = i
     if ALIBI or RELATIVE or DROPOUT:
-        qp = tl.load(q_pos + far * q_pos_b + tl.minimum(i, nq - 1))
+        qp = tl.load(q_pos + far * q_pos_b + i)
     kv = (h0 // group).to(tl.int64)
     keys = (k + far * skb + kv * skh, v + far * svb + kv * svh, skn, svn, k_pos + far * k_pos_b, nk, bits)
     side = (b, h, i, r, live, qp)

@@ -172,20 +172,20 @@ def load_rows(ptr, start, stride, n, WIDTH: tl.constexpr, PADDED: tl.constexpr, 
 
 
 @triton.jit
-def load_packed(ptr, h, i, n, sh, sn, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def load_packed(ptr, h, i, sh, sn, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Query rows of several heads, ``(ROWS, PADDED)``."""
     d = tl.arange(0, PADDED)
-    i = tl.minimum(i, n - 1)
     at = ptr + h.to(tl.int64)[:, None] * sh + i.to(tl.int64)[:, None] * sn + d[None, :]
     return tl.load(at, mask=(d < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def packed_rows(start, h0, n, BM: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr):
-    """Head, token, row of the bitmap and presence of each query row."""
+    """Head, token (the last again past ``n``), row of the bitmap and presence of each query row."""
     row = tl.arange(0, ROWS)
     i = start + row % BM
-    return h0 + tl.minimum(row // BM, PACK - 1), i, row % BM, (row < BM * PACK) & (i < n)
+    live = (row < BM * PACK) & (i < n)
+    return h0 + tl.minimum(row // BM, PACK - 1), tl.minimum(i, n - 1), row % BM, live
 
 
 @triton.jit
@@ -206,6 +206,14 @@ def bitmap(bits, mask_id, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
+def pair_values(at, terms):
+    """Biases of pairs, in float32."""
+    b, h, i, j, q_pos, k_pos = at
+    place = terms[4] + b.to(tl.int64) * terms[5] + h.to(tl.int64) * terms[6] + i.to(tl.int64) * terms[7]
+    return tl.load(place + j.to(tl.int64) * terms[8]).to(tl.float32)
+
+
+@triton.jit
 def finish_scores(
     s, numbers, at, terms,
     FAST: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, PAIR: tl.constexpr,
@@ -213,7 +221,7 @@ def finish_scores(
 ):  # fmt: skip
     """Scores from dot products, and the slope of the cap; ``FAST`` scores stay without their scale.
 
-    ``at`` is batch, head, query, key, their positions and presence, broadcast to the tile either way round.
+    ``at`` is batch, head, query, key and their positions, broadcast to the tile either way round, and inside the call.
     """
     slope = 1.0
     if not FAST:
@@ -222,42 +230,53 @@ def finish_scores(
         t = _tanh(s / numbers[2])
         s = numbers[2] * t
         slope = 1.0 - t * t
-    b, h, i, j, q_pos, k_pos, inside = at
+    b, h, i, j, q_pos, k_pos = at
     slopes, table, table_h, reach, pair, pair_b, pair_h, pair_q, pair_k, block, block_b, block_h, block_q = terms
     if ALIBI:
         s -= tl.load(slopes + h) * tl.abs(q_pos - k_pos).to(tl.float32)
     if RELATIVE:
         away = tl.minimum(tl.maximum(k_pos - q_pos, -reach), reach) + reach
         s += tl.load(table + h * table_h + away).to(tl.float32)
-    if PAIR:
-        place = pair + b.to(tl.int64) * pair_b + h.to(tl.int64) * pair_h + i.to(tl.int64) * pair_q
-        s += tl.load(place + j.to(tl.int64) * pair_k, mask=inside, other=0.0).to(tl.float32)
+    if PAIR == 1:
+        s += pair_values(at, terms)
     if BLOCK_Q > 0:
         place = block + b.to(tl.int64) * block_b + h.to(tl.int64) * block_h + (i // BLOCK_Q).to(tl.int64) * block_q
-        s += tl.load(place + j // BLOCK_K, mask=inside, other=0.0).to(tl.float32)
+        s += tl.load(place + j // BLOCK_K).to(tl.float32)
     return s, slope
+
+
+@triton.jit
+def product(x, y, numbers, at, terms, PAIR: tl.constexpr, PRECISION: tl.constexpr):
+    """``x y^T``; with ``PAIR`` 2 the biases of pairs are what the product starts from.
+
+    A tile that is loaded and added afterwards draws the scores, and the softmax with them, into the layout of the load.
+    """
+    if PAIR == 2:
+        s = tl.dot(x, tl.trans(y), pair_values(at, terms) / numbers[0], input_precision=PRECISION)
+    else:
+        s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    return s
 
 
 @triton.jit
 def row_scores(
     q, t, side, keys, terms, numbers,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FAST: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, PAIR: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FAST: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, RELATIVE: tl.constexpr, PAIR: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores ``(ROWS, BN)`` of key tile ``t``, the slope of the cap, the keys, and which weights survive dropout."""
     b, h, i, r, live, q_pos = side
     k, v, skn, svn, k_pos, nk, bits = keys
-    j = t * BN + tl.arange(0, BN)
+    j = tl.minimum(t * BN + tl.arange(0, BN), nk - 1)
     kt = load_rows(k, t * BN, skn, nk, D, BD, BN)
-    s = tl.dot(q, tl.trans(kt), input_precision=PRECISION)
     kp = j
     if ALIBI or RELATIVE or DROPOUT:
-        kp = tl.load(k_pos + tl.minimum(j, nk - 1))
-    inside = live[:, None] & (j < nk)[None, :]
-    at = (b, h[:, None], i[:, None], j[None, :], q_pos[:, None], kp[None, :], inside)
+        kp = tl.load(k_pos + j)
+    at = (b, h[:, None], i[:, None], j[None, :], q_pos[:, None], kp[None, :])
+    s = product(q, kt, numbers, at, terms, PAIR, PRECISION)
     s, slope = finish_scores(s, numbers, at, terms, FAST, SOFTCAP, ALIBI, RELATIVE, PAIR, BLOCK_Q, BLOCK_K)
-    kept = inside
+    kept = kp
     if DROPOUT:
         kept = survives(numbers[4], b, h[:, None], q_pos[:, None], kp[None, :], numbers[3])
     return s, slope, kt, kept
