@@ -180,8 +180,9 @@ def _chained(device: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
 
 def _beyond_cache(device: str) -> int:
     """Elements of float32 in an array that no cache holds and that a machine has room for."""
-    free = (memory_gib() or 8.0) * 2**30 if device == "cpu" else torch.cuda.mem_get_info(device)[0]
-    return int(min(max(2 * cache_bytes(device), 2**26), free / 8, 2**30)) // 4
+    if device != "cpu":
+        return int(min(2**30, torch.cuda.mem_get_info(device)[0] / 8)) // 4
+    return int(min(max(2 * cache_bytes(device), 2**26), (memory_gib() or 8.0) * 2**30 / 8, 2**30)) // 4
 
 
 def _works(call: Callable[[], object]) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from manyheads.bench import providers, real
 from manyheads.bench.measure import attention_rows
-from manyheads.bench.patterns import BLOCKS, KEPT, MASKS, SIZES, Sparse, lengths_from, likely_area, resolve
+from manyheads.bench.patterns import BLOCKS, KEPT, MASKS, SIZES, Sparse, lengths_from, likely_area, resolve, sparse
 from manyheads.bench.providers.base import MASK_PAIRS
 from manyheads.bench.providers.ours import REFERENCE_PAIRS
 from manyheads.bench.row import Row
@@ -263,7 +263,9 @@ def _worthwhile(mask: str, length: int, options: Options, usual: bool) -> tuple[
         return ("manyheads", "manyheads-triton", "sdpa", "flex")
     if length < LONG_FROM:
         return ("manyheads", "sdpa", "reference") if usual else ("manyheads", "sdpa")
-    return ("manyheads", "sdpa", "flex") if mask in ("full", "causal") else ("manyheads", "flex")
+    # random blocks cost so much to skip that torch's dense kernel under a boolean mask may be the faster way
+    dense = mask in ("full", "causal") or sparse(mask) is not None
+    return ("manyheads", "sdpa", "flex") if dense else ("manyheads", "flex")
 
 
 def _volunteers(length: int, options: Options, usual: bool) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The command line: ``manyheads bench|report|advise|simulate|list|doctor|show|explain|capture``."""
+"""The command line: ``manyheads bench|compare|report|advise|simulate|list|doctor|show|explain|capture``."""
 
 from __future__ import annotations
 

@@ -179,6 +179,46 @@ def doctor() -> int:
 
 
 @app.command()
+def kernels(
+    kernel: Annotated[str, typer.Option(help="Only this kernel, or engine.")] = "",
+    arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = "",
+    width: Annotated[int, typer.Option(help="Only this head width.")] = 0,
+    check: Annotated[bool, typer.Option("--check", help="Compile those of `make test` and compare.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Compile every case and compare.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Compile every case and write the table.")] = False,
+    triton: Annotated[Path | None, typer.Option(help="A folder with another Triton (pip install --target).")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that compile; one a core by default.")] = 0,
+) -> int:
+    """Registers, spills, shared memory and instructions of every kernel, compiled without a GPU."""
+    from manyheads.cli import kernels as command
+
+    return command.run(command.Request(kernel, arch, width, check, full, update, triton, workers))
+
+
+@app.command()
+def tune(
+    kernel: Annotated[list[str] | None, typer.Option(help="forward, rows_backward or keys_backward.")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = None,
+    width: Annotated[list[int] | None, typer.Option(help="64, 128 or 256.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float32.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="plain, general or heavy.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the legal configurations.")] = False,
+    resources: Annotated[bool, typer.Option("--resources", help="Choose by compiled resources; no GPU.")] = False,
+    best: Annotated[int, typer.Option(min=0, help="Only so many of each row, the most promising; 0: all.")] = 0,
+    length: Annotated[int, typer.Option(min=256, help="Tokens of the measured problem.")] = 8192,
+    out: Annotated[Path | None, typer.Option(help="The table to write; in the user's cache by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that wrote --out.")] = False,
+    triton: Annotated[list[Path] | None, typer.Option(help="With --resources: one more Triton to fit.")] = None,
+) -> int:
+    """Find the fastest configuration of every kernel on this GPU."""
+    from manyheads.cli import tune as command
+
+    names = tuple(_SHORT.get(name, name) for name in dtype or ())
+    rows = (tuple(kernel or ()), tuple(arch or ()), tuple(width or ()), names, tuple(kind or ()))
+    return command.run(command.Request(*rows, dry_run, resources, best, length, out, resume, tuple(triton or ())))
+
+
+@app.command()
 def show(
     mask: Annotated[str, typer.Argument(help='Such as "causal & window(512)".')],
     n: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Queries.")] = 4096,

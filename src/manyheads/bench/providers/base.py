@@ -16,8 +16,8 @@ from manyheads.mask.algebra import And
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-MASK_PAIRS = 2**28
-"""Above this many pairs no N x N boolean mask is made."""
+MASK_PAIRS = 2**29
+"""Above this many pairs no N x N boolean mask is made; heads with masks of their own count each."""
 SCORES = 2**27
 """Above this many pairs over batch and heads no package that keeps all scores is worth waiting for."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class XTransformers(Peer):
     module: str = "x_transformers"
 
     def _limits(self, problem: Problem, form: Form | None) -> str | None:
-        pairs = problem.queries * problem.nk
+        pairs = problem.queries * problem.nk * math.prod(problem.mask.shape)
         return first_reason(
             (
                 problem.hkv not in (1, problem.heads),

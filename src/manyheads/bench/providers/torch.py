@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.bench import environment
-from manyheads.bench.providers.base import MASK_PAIRS, Form, Forward, Provider, first_reason, form_of, installed
+from manyheads.bench.providers.base import MASK_PAIRS, SCORES, Form, Forward, Provider, first_reason, form_of, installed
 from manyheads.bench.workload import Problem, human
 from manyheads.common.errors import UnsupportedError
+from manyheads.mask import BlockMap, Mask
+from manyheads.mask.algebra import And, Or, PerHead
 
 FLEX_PAIRS = 2**28
 """Above this many pairs no block mask is evaluated pair by pair."""
@@ -27,6 +30,8 @@ BACKENDS = {
 }
 """Backends of ``scaled_dot_product_attention`` by the name they have here."""
 HALF = ("float16", "bfloat16")
+SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+"""Tiles of FlexAttention's GPU kernels, forward and backward, for blocks of 64."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Sdpa:
         """Refuses a boolean mask that is too large to be made, and what the backend by name cannot do."""
         pairs = problem.queries * problem.nk
         masked = not _is_full(problem) and not _is_causal(problem)
+        cells = pairs * math.prod(problem.mask.shape)
         grouped = problem.hkv != problem.heads
         return first_reason(
             (
@@ -61,11 +67,11 @@ class Sdpa:
             ),
             (self.backend == "efficient" and grouped, "torch's efficient kernel takes no grouped heads"),
             (
-                masked and pairs > MASK_PAIRS,
-                f"needs an N x N mask of {human(pairs)} (and {human(4 * pairs)} as floats inside)",
+                masked and cells > MASK_PAIRS,
+                f"needs an N x N mask of {human(cells)} (and {human(4 * cells)} as floats inside)",
             ),
             (
-                self.backend == "math" and pairs * problem.heads * problem.batch > MASK_PAIRS,
+                self.backend == "math" and pairs * problem.heads * problem.batch > SCORES,
                 f"keeps all scores: {human(4 * pairs * problem.heads * problem.batch)}",
             ),
         )
@@ -124,10 +130,9 @@ class Flex:
 
     def prepare(self, problem: Problem) -> Forward:
         """Makes the block mask and a function of its own, so that no limit on recompilation is met."""
+        import torch._functorch.config as functorch
         from torch._inductor import config
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        import torch._functorch.config as functorch
 
         # buffers given away would not be there when the same graph is run backward again and again
         functorch.donated_buffer = problem.phase != "backward"
@@ -136,14 +141,23 @@ class Flex:
         mask_mod = problem.mask.to_flex(problem.queries, problem.nk, device=problem.device)
         batch, heads = (n if n > 1 else None for n in problem.mask.shape)
         fused = problem.queries * problem.nk > FLEX_PAIRS  # compiled, it never holds the N x N booleans
+        size = _block_size(problem.mask)
         with torch.no_grad():
             block = create_block_mask(
-                mask_mod, batch, heads, problem.queries, problem.nk, device=problem.device, _compile=fused
+                mask_mod,
+                batch,
+                heads,
+                problem.queries,
+                problem.nk,
+                device=problem.device,
+                BLOCK_SIZE=size,
+                _compile=fused,
             )
         gqa, scale = problem.hkv != problem.heads, problem.scale
+        small: Any = SMALL_TILES if problem.on_gpu and size < 128 else None  # its usual tiles would not fit the blocks
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flex_attention(q, k, v, block_mask=block, scale=scale, enable_gqa=gqa)
+            return flex_attention(q, k, v, block_mask=block, scale=scale, enable_gqa=gqa, kernel_options=small)
 
         own = types.FunctionType(
             call.__code__.replace(co_name=f"flex_{next(_numbers)}"),
@@ -228,6 +242,13 @@ def _parameters() -> tuple[str, ...]:
     from torch.nn.attention import varlen
 
     return tuple(inspect.signature(varlen.varlen_attn).parameters)
+
+
+def _block_size(mask: Mask) -> int:
+    """Tokens of a block of the block mask: those of random blocks where they are known, so that few are cut."""
+    parts = mask.parts if isinstance(mask, And | Or | PerHead) else (mask,)
+    sizes = [part.block[0] if part.block else 64 for part in parts if isinstance(part, BlockMap)]
+    return 64 if any(size % 128 for size in sizes) else 128
 
 
 def _is_full(problem: Problem) -> bool:
