@@ -21,7 +21,8 @@ from gallery import page  # noqa: E402
 
 import manyheads  # noqa: E402
 from manyheads import catalog, nn, spec, testing  # noqa: E402
-from manyheads.bench import fit, store  # noqa: E402
+from manyheads.bench import store  # noqa: E402
+from manyheads.bench.planning import fit  # noqa: E402
 from manyheads.common import rope  # noqa: E402
 
 BEGIN, END = "<!-- generated: features -->", "<!-- end of generated -->"

@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from manyheads.bench.advise import advise
+from manyheads.bench.planning.advise import advise
 
 GEMMA = {
     "model_type": "gemma3_text",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from manyheads.bench.architecture import interpret, read
+from manyheads.bench.planning.architecture import interpret, read
 from manyheads.mask import Causal, Full, Window, as_mask, chunked
 
 SMALL = {"num_attention_heads": 8, "hidden_size": 512, "num_hidden_layers": 6}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from manyheads.bench import bars, targets
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Options, unfold
+from manyheads.bench.suites import bars, targets
 
 BASE = Row("targets", "t", "manyheads", bar="the bar")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from manyheads.bench import bars, gpu_targets, targets
 from manyheads.bench.display import Plain, summary
 from manyheads.bench.limits import Limits
 from manyheads.bench.row import Row
 from manyheads.bench.runner import Run
 from manyheads.bench.store import Store, read, resumable
 from manyheads.bench.suite import Options, unfold
+from manyheads.bench.suites import bars, gpu_targets, targets
 
 OWN = gpu_targets.OWN
 BASE = Row("targets", "t", "manyheads", bar="the bar")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from manyheads.bench.machines import MACHINES, called, find, here, names
+from manyheads.bench.planning.machines import MACHINES, called, find, here, names
 from manyheads.bench.store import Results
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyheads.bench.limits import Limits
-from manyheads.bench.model import Efficiency, Work, count, predict, unit_times
+from manyheads.bench.planning.model import Efficiency, Work, count, predict, unit_times
 from manyheads.bench.store import read
 from manyheads.bench.workload import PHASES, Problem
 from manyheads.mask import Causal, Document, Full, PerHead, Sink, Window, parse

@@ -7,9 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from manyheads.bench import packing
-from manyheads.bench.packing import SUITE, encoder_case, padded, padding_share, real_documents
 from manyheads.bench.suite import Options, load
+from manyheads.bench.suites import packing
+from manyheads.bench.suites.packing import SUITE, encoder_case, padded, padding_share, real_documents
 from manyheads.integration.encoder import BUNDLED
 
 needs_encoder = pytest.mark.skipif(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manyheads.bench import patterns
-from manyheads.bench.patterns import resolve, sparse
+from manyheads.bench.suites import patterns
+from manyheads.bench.suites.patterns import resolve, sparse
 from manyheads.mask.longca import STATIC
 
 

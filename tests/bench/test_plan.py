@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from manyheads.bench import masks, patterns, providers
+from manyheads.bench import providers
 from manyheads.bench.suite import Options, unfold
+from manyheads.bench.suites import masks, patterns
 from manyheads.cli.plan import plan, say, typical, who
 
 

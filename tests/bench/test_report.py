@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from manyheads.bench import report, summary
-from manyheads.bench.patterns import resolve
 from manyheads.bench.report import page, pictures
 from manyheads.bench.row import Row
 from manyheads.bench.store import Results, Store, read
+from manyheads.bench.suites.patterns import resolve
 from manyheads.cli import main
 from manyheads.mask import as_mask
 from tests.bench.report_data import HEADER, HOSTILE, Page, attention, mixed_rows, rows_of, write_results

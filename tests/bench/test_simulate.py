@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyheads.bench.simulate import PACKED, busiest, named, tiles, visits
+from manyheads.bench.planning.simulate import PACKED, busiest, named, tiles, visits
 from manyheads.cli import main
 from manyheads.mask import Causal, Full, PerHead, TileLayout, Window, parse
 from manyheads.mask.longca import longca

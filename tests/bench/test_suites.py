@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manyheads.bench import bars, layouts, masks, memory, overhead, patterns, providers, suite
+from manyheads.bench import memory, providers, suite
 from manyheads.bench.limits import Limits
 from manyheads.bench.measure import area, attention_rows
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Options
+from manyheads.bench.suites import bars, layouts, masks, overhead, patterns
 from manyheads.bench.workload import Problem
 from manyheads.mask import Causal, as_mask
 from manyheads.mask.longca import STATIC, longca
@@ -282,7 +283,7 @@ def test_real_input_comes_from_an_encoder_without_a_file():
 
 
 def test_real_input_that_cannot_be_had_is_refused_with_the_reason(monkeypatch):
-    from manyheads.bench import real
+    from manyheads.bench.suites import real
 
     def missing(length):
         raise ValueError("model: the package is not installed")

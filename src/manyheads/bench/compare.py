@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from manyheads.bench import providers
-from manyheads.bench.overhead import BARE_GRAD
 from manyheads.bench.row import Row
 from manyheads.bench.store import Results
+from manyheads.bench.suites.overhead import BARE_GRAD
 from manyheads.bench.timing import percentile
 
 FLOOR = 0.03

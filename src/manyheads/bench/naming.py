@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from manyheads.bench.patterns import MASKS
 from manyheads.bench.row import Row
+from manyheads.bench.suites.patterns import MASKS
 from manyheads.mask.longca import LONG
 
 _NAMED = re.compile(r"(\w+)(?:\([\d.,\s]*\))?(?=-)")

@@ -17,7 +17,7 @@ from manyheads.bench.row import CACHES, Row
 from manyheads.common.errors import unknown
 
 MODULES = ("masks", "layouts", "overhead", "packing", "targets")
-"""Suites that come with the library, in the order in which they run; each is ``bench/<name>.py``."""
+"""Suites that come with the library, in the order in which they run; each is ``bench/suites/<name>.py``."""
 
 LEVELS = ("quick", "default", "full")
 
@@ -185,6 +185,6 @@ def load(name: str) -> Suite:
     """
     if name not in MODULES:
         raise unknown("suite", name, MODULES)
-    suite = importlib.import_module(f"manyheads.bench.{name}").SUITE
+    suite = importlib.import_module(f"manyheads.bench.suites.{name}").SUITE
     assert isinstance(suite, Suite)
     return suite

@@ -7,14 +7,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from manyheads.bench import advise
-from manyheads.bench.advise import Advice, Group, Option
+from manyheads.bench.planning import advise
+from manyheads.bench.planning.advise import Advice, Group, Option
 from manyheads.cli.tables import draw, duration, size
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked; see ``manyheads.bench.advise.advise``."""
+    """What was asked; see ``manyheads.bench.planning.advise.advise``."""
 
     config: Path
     length: int | None

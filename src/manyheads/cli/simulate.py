@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from manyheads.bench import machines, simulate
-from manyheads.bench.simulate import Tiling
+from manyheads.bench.planning import machines, simulate
+from manyheads.bench.planning.simulate import Tiling
 from manyheads.cli.look import numbers
 from manyheads.cli.tables import draw, size
 
@@ -20,7 +20,7 @@ USUAL = ("64x64", "128x64", "128x128", "256x64", "256x128")
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked; see ``manyheads.bench.simulate.tiles``.
+    """What was asked; see ``manyheads.bench.planning.simulate.tiles``.
 
     Attributes:
         mask: Name or text.

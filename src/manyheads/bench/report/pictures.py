@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from manyheads.bench.measure import DENSITY_TILE
 from manyheads.bench.naming import mask_name
-from manyheads.bench.patterns import resolve
 from manyheads.bench.row import Row
+from manyheads.bench.suites.patterns import resolve
 from manyheads.mask import Mask, TileLayout
 
 MOST = 24

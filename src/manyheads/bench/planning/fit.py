@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from manyheads.bench.limits import Limits
-from manyheads.bench.model import Efficiency, Work, count, predict, unit_times
+from manyheads.bench.planning.model import Efficiency, Work, count, predict, unit_times
+from manyheads.bench.planning.simulate import PACKED, named
 from manyheads.bench.row import Row
-from manyheads.bench.simulate import PACKED, named
 from manyheads.bench.store import Results
 from manyheads.bench.timing import percentile
 from manyheads.bench.workload import PHASES, Problem

@@ -58,7 +58,7 @@ def encoder_layers(length: int) -> tuple[Captured, ...]:
         ImportError: transformers or safetensors is not installed.
         ValueError: The encoder's package is not installed, or there is not that much text.
     """
-    from manyheads.bench.packing import LONGEST, real_documents
+    from manyheads.bench.suites.packing import LONGEST, real_documents
     from manyheads.integration import encoder
 
     try:

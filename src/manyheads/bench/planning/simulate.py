@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from manyheads.bench.patterns import DRAWN, MASKS, resolve
+from manyheads.bench.suites.patterns import DRAWN, MASKS, resolve
 from manyheads.common.errors import unknown
 from manyheads.mask import Mask, TileLayout
 from manyheads.mask.longca import LONG, longca

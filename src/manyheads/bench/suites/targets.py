@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from manyheads.bench import bars, device, gpu_targets, layouts, masks, overhead
-from manyheads.bench.bars import Bar
+from manyheads.bench import device
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Case, Context, Options, Suite
+from manyheads.bench.suites import bars, gpu_targets, layouts, masks, overhead
+from manyheads.bench.suites.bars import Bar
 from manyheads.bench.workload import Problem
 from manyheads.mask import as_mask
 from manyheads.mask.longca import STATIC
@@ -199,7 +200,7 @@ def _overhead(options: Options) -> list[Bar]:
 
 
 def _packing(options: Options) -> list[Bar]:
-    from manyheads.bench.packing import encoder_case
+    from manyheads.bench.suites.packing import encoder_case
 
     rng = bars.draw(options, "packing")
     drawn = (int(rng.integers(96, 192)), int(rng.integers(1, 2**31)))

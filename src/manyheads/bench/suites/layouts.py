@@ -8,9 +8,9 @@ import torch
 
 from manyheads.bench import memory
 from manyheads.bench.environment import version
-from manyheads.bench.patterns import resolve
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Case, Context, Options, Suite
+from manyheads.bench.suites.patterns import resolve
 from manyheads.bench.timing import interleave
 from manyheads.mask import Mask
 from manyheads.mask.build import build
@@ -114,7 +114,7 @@ def _run(context: Context, which: Build, length: int, seed: int) -> list[Row]:
         return [row.replace(note=f"{row.note}; {reason}")]
     context.say(f"layouts/{row.case}: peak memory")
     with memory.Worker() as worker:
-        peak = worker.ask("manyheads.bench.layouts:peak_of", mask, length, which.keyed)
+        peak = worker.ask("manyheads.bench.suites.layouts:peak_of", mask, length, which.keyed)
     return [row.replace(peak_mib=peak.beyond_mib, process_mib=peak.process_mib)]
 
 

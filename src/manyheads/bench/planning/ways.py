@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from manyheads.bench import providers
-from manyheads.bench.architecture import Architecture, Layers
-from manyheads.bench.fit import kind_of, work_of
-from manyheads.bench.machines import NOW, Machine
-from manyheads.bench.model import Efficiency, Work, count
+from manyheads.bench.planning.architecture import Architecture, Layers
+from manyheads.bench.planning.fit import kind_of, work_of
+from manyheads.bench.planning.machines import NOW, Machine
+from manyheads.bench.planning.model import Efficiency, Work, count
 from manyheads.bench.providers import form_of
 from manyheads.bench.workload import Problem
 from manyheads.mask import Causal, Full, Mask, Window

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from manyheads.bench import architecture, fit, machines, store
-from manyheads.bench.architecture import Architecture, Layers
-from manyheads.bench.fit import Fit
-from manyheads.bench.machines import Machine
-from manyheads.bench.model import predict
+from manyheads.bench import store
+from manyheads.bench.planning import architecture, fit, machines
+from manyheads.bench.planning.architecture import Architecture, Layers
+from manyheads.bench.planning.fit import Fit
+from manyheads.bench.planning.machines import Machine
+from manyheads.bench.planning.model import predict
+from manyheads.bench.planning.simulate import named
+from manyheads.bench.planning.ways import Way, assumed, ways
 from manyheads.bench.row import Row
-from manyheads.bench.simulate import named
-from manyheads.bench.ways import Way, assumed, ways
 from manyheads.bench.workload import DTYPES, Problem, human
 from manyheads.common.errors import unknown
 from manyheads.mask import Mask
@@ -167,7 +168,7 @@ def advise(
         config: A transformers ``config.json``, a folder with one, or what was read from one.
         length: Tokens: of a sequence in prefill and training, in the cache when decoding. Vision models know their own.
         machine: ``"here"`` (its limits are measured now, unless ``results`` are given), a name of
-            ``manyheads.bench.machines``, or a machine.
+            ``manyheads.bench.planning.machines``, or a machine.
         phase: ``"prefill"``, ``"train"`` (forward and backward) or ``"decode"`` (one token for each sequence).
         mask: Instead of the model's own order: the text of a mask, or the name of one of the long-context benchmark.
             Layers with a window or chunks keep these.

@@ -9,13 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from manyheads.bench import providers, real
+from manyheads.bench import providers
 from manyheads.bench.measure import attention_rows
-from manyheads.bench.patterns import BLOCKS, KEPT, MASKS, SIZES, Sparse, lengths_from, likely_area, resolve, sparse
 from manyheads.bench.providers.base import MASK_PAIRS
 from manyheads.bench.providers.ours import REFERENCE_PAIRS
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Case, Context, Options, Suite
+from manyheads.bench.suites import real
+from manyheads.bench.suites.patterns import (
+    BLOCKS,
+    KEPT,
+    MASKS,
+    SIZES,
+    Sparse,
+    lengths_from,
+    likely_area,
+    resolve,
+    sparse,
+)
 from manyheads.bench.workload import PASSES, PHASES, Captured, Problem, read_captured
 from manyheads.common.errors import unknown
 from manyheads.mask import Mask

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from manyheads.bench import bars, masks, patterns
-from manyheads.bench.bars import Bar
 from manyheads.bench.suite import Case, Options
+from manyheads.bench.suites import bars, masks, patterns
+from manyheads.bench.suites.bars import Bar
 from manyheads.bench.workload import Problem
 from manyheads.mask import as_mask
 from manyheads.mask.longca import STATIC
