@@ -202,7 +202,7 @@ def cheapest(
         cost = layout.visited * size[0] * size[1] * penalty
         if best is None or cost < best[0]:
             best = cost, layout
-        if layout.density * layout.nk > _LONG_ROW:
+        if layout.density * layout.nk > _LONG_ROW and layout.density < _WASTE * layout.area:
             break
     assert best is not None
     return best[1]
@@ -215,7 +215,8 @@ _PENALTIES = {  # measured time of a visited pair for each tile, by (half precis
     (True, False): (1.0, 1.22, 1.3),
     (True, True): (1.0, 1.3, 1.5),
 }
-_LONG_ROW = 2048  # keys of an average row from which small tiles cannot pay
+_LONG_ROW = 2048  # keys of an average row from which small tiles cannot pay,
+_WASTE = 1.5  # unless large ones visit so many times the pairs that are visible (blocks chosen at random do)
 
 
 def visible_rows(layout: TileLayout, rows: list[int]) -> Tensor:
