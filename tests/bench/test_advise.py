@@ -14,9 +14,10 @@ from manyheads.bench import limits
 from manyheads.bench.limits import Limits
 from manyheads.bench.planning.advise import LAUNCH_MS, advise
 from manyheads.bench.planning.architecture import interpret
-from manyheads.bench.planning.fit import problem_of, work_of
+from manyheads.bench.planning.fit import work_of
 from manyheads.bench.planning.machines import Machine, find
 from manyheads.bench.planning.model import unit_times
+from manyheads.bench.redraw import problem_of
 from manyheads.bench.row import Row
 from manyheads.bench.store import Store
 from manyheads.cli import main

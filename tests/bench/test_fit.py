@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from manyheads.bench.limits import Limits
-from manyheads.bench.planning.fit import error_table, fit, kind_of, problem_of, validate, work_of
+from manyheads.bench.planning.fit import error_table, fit, kind_of, validate, work_of
 from manyheads.bench.planning.model import unit_times
+from manyheads.bench.redraw import problem_of
 from manyheads.bench.row import Row
 from manyheads.bench.store import Results, read
 from manyheads.bench.workload import Problem

@@ -17,13 +17,13 @@ import torch
 
 from manyheads.bench.limits import Limits
 from manyheads.bench.planning.model import Efficiency, Work, count, predict, unit_times
-from manyheads.bench.planning.simulate import PACKED, named
+from manyheads.bench.redraw import problem_of
 from manyheads.bench.row import Row
 from manyheads.bench.store import Results
 from manyheads.bench.timing import percentile
 from manyheads.bench.workload import PHASES, Problem
 from manyheads.engine.tiled.plan import cheapest
-from manyheads.mask import Mask, TileLayout
+from manyheads.mask import TileLayout
 
 OURS = ("manyheads", "manyheads-blocked", "manyheads-triton")
 FITTED = (*OURS, "sdpa", "flex", "varlen")
@@ -185,41 +185,6 @@ def error_table(checks: Sequence[Check]) -> list[tuple[str, int, float, float, f
     ]
 
 
-def problem_of(row: Row) -> Problem | None:
-    """The problem that a row measured, its mask drawn again where the file does not hold its data.
-
-    Args:
-        row: A row of a suite with shapes ``batch x heads x tokens x width``.
-
-    Returns:
-        The problem, ``None`` where the mask cannot be had: a drawn one must have the same text and as many pairs.
-
-    Example:
-        >>> problem_of(Row("masks", "causal-64-float32", "sdpa", shape="1x8:2x64x32", mask="causal")).kv_heads
-        2
-    """
-    try:
-        batch, heads, tokens, width = ([int(n) for n in part.split(":")] for part in (row.shape or "").split("x"))
-        mask = _mask_of(row, tokens[0], heads[0])
-        problem = Problem(
-            mask,
-            tokens[0],
-            tokens[-1],
-            batch=batch[0],
-            heads=heads[0],
-            kv_heads=heads[-1],
-            width=width[0],
-            value_width=width[-1],
-            dtype=row.dtype or "float32",
-            phase=row.phase,
-        )
-        if row.pairs is not None and _tiles(problem, (128, 64)).pairs != row.pairs:
-            return None
-    except (ValueError, TypeError):
-        return None
-    return problem
-
-
 def kind_of(problem: Problem) -> Kind:
     """``"decode"`` for one query, ``"whole"`` for masks that dense kernels know, else ``"masked"``."""
     if problem.queries == 1 < problem.nk:
@@ -265,17 +230,6 @@ def _engine_tile(problem: Problem) -> tuple[int, int]:
 
 def _tiles(problem: Problem, tile: tuple[int, int]) -> TileLayout:
     return problem.mask.tiles(problem.queries, problem.nk, tile=tile, batch=problem.batch, heads=problem.heads)
-
-
-def _mask_of(row: Row, length: int, heads: int) -> Mask:
-    name = row.case.partition("-")[0]
-    if "$" not in (row.mask or ""):
-        return named(row.mask or "full", length)
-    drawn = row.lengths if name in PACKED else None
-    mask = named(name, length, seed=row.seed or 0, lengths=drawn, heads=heads)
-    if mask.text != row.mask:
-        raise ValueError(f"mask: {name} is {mask.text} now, was {row.mask}")
-    return mask
 
 
 def _sample(row: Row, limits: Limits) -> Sample | None:

@@ -2,7 +2,7 @@
 
 Three things bound exact attention: products, exponentials, and bytes to and from memory. Each is counted for the tiles
 that an engine visits, divided by the rate of the machine, and the slowest of the three is the time of a perfect kernel.
-Real kernels reach a share of it, the *efficiency*, which is fitted from results (``manyheads.bench.planning.fit``) or assumed.
+Real kernels reach a share of it, the *efficiency*, which is fitted from results (``fit.py`` beside this) or assumed.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from manyheads.bench.measure import DENSITY_TILE
 from manyheads.bench.naming import mask_name
+from manyheads.bench.redraw import Drawn, drawn
 from manyheads.bench.row import Row
-from manyheads.bench.suites.patterns import resolve
-from manyheads.mask import Mask, TileLayout
+from manyheads.mask import TileLayout
 
 MOST = 24
 """Pictures in one report."""
@@ -60,17 +60,17 @@ def pictures(rows: Sequence[Row]) -> tuple[list[Picture], list[str]]:
             continue
         if name not in chosen or _preference(row) > _preference(rows[chosen[name]]):
             chosen[name] = place
-    drawn: list[Picture] = []
+    pictured: list[Picture] = []
     missing: list[str] = []
     for name, place in chosen.items():
-        mask = _again(rows[place], name) if len(drawn) < MOST else None
-        if mask is not None:
-            drawn.append(_picture(name, place, mask, rows[place]))
-        elif len(drawn) == MOST:
+        found = drawn(rows[place]) if len(pictured) < MOST else None
+        if found is not None:
+            pictured.append(_picture(name, place, found))
+        elif len(pictured) == MOST:
             missing.append(f"{name}: only the first {MOST} masks are drawn")
         else:
             missing.append(f"{name}: its data is not in the file and could not be drawn again from the seed")
-    return drawn, missing
+    return pictured, missing
 
 
 def _preference(row: Row) -> tuple[bool, bool, int]:
@@ -79,40 +79,8 @@ def _preference(row: Row) -> tuple[bool, bool, int]:
     return row.pairs is not None, length <= PREFERRED, length if length <= PREFERRED else -length
 
 
-def _again(row: Row, name: str) -> Mask | None:
-    """The mask of a row, if it can be had: it must have the same text and the same number of pairs."""
-    nq, nk = _size(row)
-    batch, heads = _batch_heads(row)
-    try:
-        mask = resolve(name, nk, row.seed or 0, heads)
-        if mask.text != row.mask:
-            return None
-        pairs = mask.tiles(nq, nk, tile=DENSITY_TILE, batch=batch, heads=heads).pairs
-    except (ValueError, TypeError):
-        return None
-    return mask if row.pairs in (None, pairs) else None
-
-
-def _size(row: Row) -> tuple[int, int]:
-    """Queries and keys, from a shape such as ``1x8:2x128:512x64`` or ``131072x131072``."""
-    length = row.length or 0
-    parts = (row.shape or "").split("x")
-    if len(parts) == 4:
-        tokens = parts[2].split(":")
-        if all(t.isdigit() for t in tokens):
-            return int(tokens[0]), int(tokens[-1])
-    return length, length
-
-
-def _batch_heads(row: Row) -> tuple[int, int]:
-    parts = (row.shape or "").split("x")
-    heads = parts[1].split(":")[0] if len(parts) == 4 else "1"
-    return (int(parts[0]), int(heads)) if len(parts) == 4 and parts[0].isdigit() and heads.isdigit() else (1, 1)
-
-
-def _picture(name: str, place: int, mask: Mask, row: Row) -> Picture:
-    nq, nk = _size(row)
-    batch, heads = _batch_heads(row)
+def _picture(name: str, place: int, found: Drawn) -> Picture:
+    mask, nq, nk, batch, heads = found
     grow = max(1, -(-nq // (DENSITY_TILE[0] * ROWS)))
     tile = (DENSITY_TILE[0] * grow, DENSITY_TILE[1] * grow)
     cell = (max(1, -(-nq // FINEST)), max(1, -(-nk // FINEST)))
