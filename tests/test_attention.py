@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -123,6 +125,51 @@ def test_weights_are_those_of_the_definition(qkv):
     torch.testing.assert_close(got, mh.attention(q, k, v, **options))
     torch.testing.assert_close(mh.attention_weights(q, k, rows=[5, -1], **options), weights[:, :, [5, 19]])
     assert (mh.attention_weights(q, k, mask="~full") == 0).all()
+
+
+BIASES = {
+    "alibi": lambda r: mh.ALiBi(r(4)),
+    "relative": lambda r: mh.Relative(r(1, 9)),
+    "pair": lambda r: mh.Pair(r(2, 1, 20, 20)),
+    "per key": lambda r: mh.PerKey(r(1, 4, 20)),
+    "per block": lambda r: mh.PerBlock(r(2, 4, 7, 4), (3, 5)),
+    "sum": lambda r: mh.ALiBi(r(4)) + mh.Pair(r(1, 4, 1, 20)),
+}
+
+
+@pytest.mark.parametrize("make", BIASES.values(), ids=BIASES)
+def test_weights_are_those_of_the_definition_under_every_bias(make, generator):
+    q, k, v = (torch.randn(2, h, 20, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
+    leaves = []
+
+    def leaf(*shape):
+        leaves.append(torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_())
+        return leaves[-1]
+
+    order = torch.randperm(20, generator=generator)
+    options = {"mask": "causal & window(9)", "bias": make(leaf), "positions": (order, order), "softcap": 3.0}
+    weights = mh.attention_weights(q, k, **options)
+    got = torch.einsum("bhij,bhjd->bhid", weights, v.repeat_interleave(2, 1))
+    want = mh.attention(q, k, v, **options)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), leaves), torch.autograd.grad(want.square().sum(), leaves)
+    )
+    for rows in ([5, -1], [3, 4, 5, 2, 2], []):
+        torch.testing.assert_close(mh.attention_weights(q, k, rows=rows, **options), weights[:, :, rows])
+
+
+def test_weights_of_few_rows_do_not_make_the_others():
+    q = torch.zeros(1, 1, 200_000, 2)  # all pairs under the bias would take 160 GB
+    got = mh.attention_weights(q, q, mask="causal", bias=mh.ALiBi(torch.ones(1)), rows=[150_000])
+    assert got[0, 0, 0, 149_999] / got[0, 0, 0, 150_000] == pytest.approx(math.exp(-1))
+
+
+def test_weights_refuse_a_bias_that_does_not_fit(qkv):
+    with pytest.raises(ValueError, match=r"bias ALiBi: expected a tensor of shape \(H,\) = \(4\), got \(3,\)"):
+        mh.attention_weights(*qkv[:2], bias=mh.ALiBi(torch.ones(3)))
+    with pytest.raises(TypeError, match="bias: expected ALiBi, .* got a tensor"):
+        mh.attention_weights(*qkv[:2], bias=torch.ones(20, 20))
 
 
 @pytest.mark.parametrize("deviation", [1.0, 8.0])

@@ -66,6 +66,7 @@ EXTRAS = (
     "triton", "typer", "rich", "plotly", "matplotlib", "transformers", "safetensors", "timm", "torchvision",
     "faiss", "pennylane", "einops", "x_transformers", "performer_pytorch", "fla", "natten", "flash_attn",
     "flashinfer", "scipy", "psutil", "pytest", "hypothesis", "playwright", "sklearn",
+    "beartype",
 )  # fmt: skip
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, overload
 
 import torch
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from .common.errors import UnsupportedError
 from .dispatch import BACKENDS, Explanation, checked, choose, explain, key_of, remember, runners, sdpa_runner
 from .engine.result import Attn
-from .engine.tiled import Bias, Term, reference, tiled
+from .engine.tiled import Bias, Pair, Term, reference, tiled
+from .engine.tiled.bias import Block, flatten, unflatten
 from .engine.tiled.op import layout_for
 from .engine.tiled.plan import visible_rows
 from .engine.tiled.problem import Problem
 from .engine.tiled.weight import WEIGHTS
 from .mask import Mask
+from .mask.layout import TileLayout
 
 __all__ = ["BACKENDS", "Attn", "Explanation", "attention", "attention_weights", "explain"]
 
-Positions = tuple[Tensor, Tensor]
+Positions = tuple[Integer[Tensor, "... Nq"], Integer[Tensor, "... Nk"]]
 
 
 @overload
@@ -78,22 +82,22 @@ def attention(
     backend: str = ...,
 ) -> Tensor | Attn: ...
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B Hq Nq D"],
+    k: Float[Tensor, "B Hkv Nk D"],
+    v: Float[Tensor, "B Hkv Nk Dv"],
     *,
     mask: Mask | str | Tensor | None = None,
     scale: float | None = None,
     bias: Bias | Term | None = None,
     softcap: float | None = None,
-    sink: Tensor | None = None,
+    sink: Float[Tensor, " Hq"] | None = None,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     positions: Positions | None = None,
-    key_padding: Tensor | None = None,
+    key_padding: Bool[Tensor, "B Nk"] | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | Attn:
+) -> Float[Tensor, "B Hq Nq Dv"] | Attn:
     """Exact softmax attention under any mask.
 
     ``out_i = sum_j exp(s_ij - lse_i) v_j`` over the keys that the mask allows, with
@@ -129,7 +133,9 @@ def attention(
 
     Conventions:
         ``Causal`` is bottom-right aligned when ``Nq != Nk``; ``Window(W)`` counts the query itself; scores and
-        statistics are float32 whatever the input dtype.
+        statistics are float32 whatever the input dtype. DTensors sharded on batch or heads give DTensors sharded
+        alike, each rank with its part of masks, biases, sinks and positions; shards of tokens are refused, and so
+        is dropout on shards.
 
     Example:
         >>> import manyheads as mh
@@ -149,8 +155,11 @@ def attention(
         and not (dropout_p or isinstance(mask, Tensor) or torch.compiler.is_compiling())
         and (scale is None or abs(scale) < math.inf)
     ):
-        key = key_of(q, k, v, mask, return_lse, backend)
-        run = runners.get(key)
+        try:
+            key = key_of(q, k, v, mask, return_lse, backend)
+            run = runners.get(key)
+        except (AttributeError, TypeError):  # something is not what it should be: the checks below say what
+            run = None
         if run is not None:
             return run(q, k, v, scale)
     seed = torch.randint(2**62, (1,), generator=generator) if dropout_p else None
@@ -178,22 +187,23 @@ def attention(
 
 
 def attention_weights(
-    q: Tensor,
-    k: Tensor,
+    q: Float[Tensor, "B Hq Nq D"],
+    k: Float[Tensor, "B Hkv Nk D"],
     *,
     mask: Mask | str | Tensor | None = None,
     rows: Sequence[int] | None = None,
     scale: float | None = None,
+    bias: Bias | Term | None = None,
     softcap: float | None = None,
-    sink: Tensor | None = None,
+    sink: Float[Tensor, " Hq"] | None = None,
     positions: Positions | None = None,
-    key_padding: Tensor | None = None,
-) -> Tensor:
+    key_padding: Bool[Tensor, "B Nk"] | None = None,
+) -> Float[Tensor, "B Hq rows Nk"]:
     """The weights themselves, for some queries: to look at, not to compute with.
 
     Args:
         q, k: As for :func:`attention`.
-        mask, scale, softcap, sink, positions, key_padding: As for :func:`attention`.
+        mask, scale, bias, softcap, sink, positions, key_padding: As for :func:`attention`.
         rows: Which queries, by storage index (negative ones count from the end); all by default.
 
     Returns:
@@ -202,6 +212,7 @@ def attention_weights(
 
     Raises:
         ValueError: For a row out of range, or what :func:`attention` would raise.
+        UnsupportedError: For DTensors.
 
     Example:
         >>> import manyheads as mh
@@ -209,17 +220,45 @@ def attention_weights(
         >>> mh.attention_weights(q, k, mask="causal", rows=[1])[0, 0].tolist()
         [[0.5, 0.5, 0.0, 0.0]]
     """
-    call = checked(q, k, k, mask, scale, None, softcap, sink, 0.0, positions, key_padding, False)
+    call = checked(q, k, k, mask, scale, bias, softcap, sink, 0.0, positions, key_padding, False)
+    if call.sharded:
+        raise UnsupportedError("attention_weights: DTensors are not supported; gather q and k with full_tensor()")
+    terms = unflatten(*flatten(bias))
+    for term in terms:
+        term.check(q.shape[1], q.shape[0], q.shape[2], k.shape[2])
     nq = q.shape[2]
     chosen = range(nq) if rows is None else rows
     if any(not -nq <= r < nq for r in chosen):
         raise ValueError(f"rows: expected indices of {nq} queries, got {list(chosen)}")
-    index = torch.tensor([r % nq for r in chosen], dtype=torch.int64, device=q.device)
+    index = [r % nq for r in chosen]
     layout = layout_for(call.mask, q, k, positions, key_padding)
     if key_padding is not None:
         k = k.masked_fill(~key_padding[:, None, :, None], 0.0)
     none = torch.empty(0, 0, dtype=torch.int64)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    problem = Problem(q[:, :, index], k, k, layout, none, none, WEIGHTS["softmax"], factor, softcap or 0.0, (), sink)
-    allowed = visible_rows(layout, index.tolist()).to(q.device)
-    return reference.weights(problem, allowed)[0]
+    added = tuple(_for_rows(term, layout, q, index) for term in terms)
+    q = q[:, :, torch.tensor(index, dtype=torch.int64, device=q.device)]
+    problem = Problem(q, k, k, layout, none, none, WEIGHTS["softmax"], factor, softcap or 0.0, added, sink)
+    allowed = layout.dense() if rows is None else visible_rows(layout, index)
+    return reference.weights(problem, allowed.to(q.device))[0]
+
+
+def _for_rows(term: Term, layout: TileLayout, q: Tensor, rows: list[int]) -> Pair:
+    """What a term adds to the scores of some queries."""
+    q_pos, k_pos = (p.to(q.device).view(-1, p.shape[-1]) for p in layout.positions)
+    cols = torch.arange(layout.nk, device=q.device)
+    every = slice(0, q.shape[0]), slice(0, q.shape[1])
+    added = []
+    for first, after in _runs(rows):
+        part = slice(first, after)
+        added.append(term.values(Block(*every, part, cols, q_pos[:, part], k_pos)).expand(-1, -1, after - first, -1))
+    return Pair(torch.cat(added, dim=2) if added else q.new_zeros(1, 1, 0, layout.nk))
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbouring rows as half-open intervals, in order."""
+    start = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield rows[start], rows[i - 1] + 1
+            start = i

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -14,7 +15,7 @@ from .common import checks
 from .common.errors import UnsupportedError, unknown
 from .common.tracing import constant
 from .engine.result import Attn
-from .engine.tiled import Bias, Term, flash, launch, products
+from .engine.tiled import Bias, Term, flash, launch, products, sharding
 from .engine.tiled.op import call_plain, layout_for
 from .mask import Causal, Full, Mask, as_mask, parse
 from .mask.show import later_warning
@@ -22,7 +23,7 @@ from .mask.show import later_warning
 BACKENDS = ("sdpa", "triton", "blocked", "reference")
 """Every backend, in the order in which ``auto`` asks them."""
 
-Positions = tuple[Tensor, Tensor]
+Positions = tuple[Integer[Tensor, "... Nq"], Integer[Tensor, "... Nk"]]
 
 
 class Call(NamedTuple):
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     key_padding: bool
     return_lse: bool
     needs_grad: bool
+    sharded: bool
 
     @property
     def dense(self) -> bool:
@@ -68,18 +70,18 @@ class Explanation:
 
 
 def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B Hq Nq D"],
+    k: Float[Tensor, "B Hkv Nk D"],
+    v: Float[Tensor, "B Hkv Nk Dv"],
     *,
     mask: Mask | str | Tensor | None = None,
     scale: float | None = None,
     bias: Bias | Term | None = None,
     softcap: float | None = None,
-    sink: Tensor | None = None,
+    sink: Float[Tensor, " Hq"] | None = None,
     dropout_p: float = 0.0,
     positions: Positions | None = None,
-    key_padding: Tensor | None = None,
+    key_padding: Bool[Tensor, "B Nk"] | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Explanation:
@@ -121,6 +123,7 @@ def explain(
         fused = call.plain and products.fused_wins(q.dtype)
         notes.append("pieces go to torch's fused kernel" if fused else "pieces go to separate products and passes")
         notes.extend([launch.describe(q, v, kind)] if taken == "triton" else [])
+    notes.extend([str(sharding.plan_of(q, k, v))] if call.sharded else [])
     surprise = later_warning(call.mask, q.shape[2], k.shape[2], positions=positions)
     notes.extend([] if surprise is None else [surprise])
     return Explanation(taken, refusals, tuple(notes))
@@ -155,12 +158,15 @@ def checked(
         checks.positions(positions, q, k)
     if key_padding is not None:
         checks.key_padding(key_padding, k)
+    if sharding.seen(mask):
+        raise TypeError("mask: expected a mask, its text, or a bool tensor that every rank holds whole, got a DTensor")
     value = _read(mask) if isinstance(mask, str) else as_mask(mask)
     _check_mask_shape(value, q)
     plain = bias is None and softcap is None and sink is None and not dropout_p
     grads = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     terms = bias.terms if isinstance(bias, Bias) else (bias,) if isinstance(bias, Term) else ()
-    return Call(q, k, v, value, terms, plain, positions is not None, key_padding is not None, return_lse, grads)
+    given = positions is not None, key_padding is not None
+    return Call(q, k, v, value, terms, plain, *given, return_lse, grads, sharding.seen(q, k, v))
 
 
 _read = constant(parse)  # a compiler keeps the mask that a text names
@@ -214,6 +220,8 @@ def _refusals(backend: str, call: Call) -> list[str]:
         reasons.append("padded keys that hold NaN would reach its output")
     if 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
         reasons.append("a dimension is empty")
+    if call.sharded:
+        reasons.append("DTensors: its operators have rules of their own for shards, and on a CPU none")
     if call.return_lse and call.needs_grad:
         reasons.append("its lse is not differentiable")
     if call.return_lse and (call.q.device.type != "cpu" or call.q.shape[3] != call.v.shape[3]):
@@ -245,7 +253,7 @@ runners: dict[tuple[object, ...], Runner] = {}
 def key_of(q: Tensor, k: Tensor, v: Tensor, mask: object, return_lse: bool, backend: str) -> tuple[object, ...]:
     """What decides the backend of a call without options."""
     grads = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    types = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    types = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.__class__, k.__class__, v.__class__
     return q.shape, k.shape, v.shape, types, grads, return_lse, mask, backend
 
 

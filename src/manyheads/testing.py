@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 SEED_VARIABLE = "MANYHEADS_SEED"
 
 
 def assert_within_budget(
-    actual: Tensor, reference64: Tensor, same_dtype_reference: Tensor, *, what: str = "result"
+    actual: Float[Tensor, "*shape"],
+    reference64: Float64[Tensor, "*shape"],
+    same_dtype_reference: Float[Tensor, "*shape"],
+    *,
+    what: str = "result",
 ) -> None:
     r"""Asserts that a result is about as accurate as its plain reference in the same dtype.
 
@@ -128,7 +133,7 @@ def sample_qkv(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hkv Nk D"], Float[Tensor, "B Hkv Nk Dv"]]:
     """Draws normal queries, keys and values whose default-scaled logits have a given standard deviation.
 
     At deviation 1 attention is nearly uniform and forgives bad arithmetic; at 8 few keys take all the weight.

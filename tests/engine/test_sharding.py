@@ -275,6 +275,7 @@ def _what_cannot_be_done_is_refused_by_every_rank(ranks):
         (ValueError, "a batch of 3 leaves some of 4 ranks without", place(b, b, b, tensors=short), {}),
         (ValueError, "k: expected the mesh of q", half, {}),
         (ValueError, "sink: mesh dimension 'line' has it as", place(b, b, b), {"sink": wrong_sink}),
+        (TypeError, "mask: .* that every rank holds whole, got a DTensor", place(b, b, b), {"mask": wrong_sink > 0}),
         (mh.UnsupportedError, "dropout_p: .* global batch and head indices", place(b, b, b), {"dropout_p": 0.1}),
         (mh.UnsupportedError, "'sdpa' cannot take this call: .*DTensors", place(b, b, b), {"backend": "sdpa"}),
     ]
@@ -300,7 +301,7 @@ def work(rank, folder):
         try:
             function(ranks)
             outcome[name] = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             outcome[name] = traceback.format_exc()
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
     torch.distributed.destroy_process_group()

@@ -83,6 +83,19 @@ def test_attn_mask_means_what_it_means_in_torch(mask, need_weights):
     assert_equal(ours, theirs, inputs(False), attn_mask=mask, need_weights=need_weights)
 
 
+def test_a_learned_attn_mask_gets_the_gradient_of_torch_through_the_weights():
+    theirs, ours = pair(batch_first=True)
+    hidden = torch.zeros(B, NK, dtype=torch.bool)
+    hidden[0, 4:] = True
+    padding = torch.zeros(B, NK, dtype=torch.float64).masked_fill(hidden, float("-inf"))
+    found = []
+    for layer in (theirs, ours):
+        learned = MASKS["float"].clone().requires_grad_()
+        weights = layer(*inputs(True), attn_mask=learned, key_padding_mask=padding, average_attn_weights=False)[1]
+        found.append((weights, torch.autograd.grad(weights.pow(3).sum(), learned)))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("infinite", [False, True], ids=["bool", "float"])
 @pytest.mark.parametrize("masked", [False, True], ids=["alone", "with-attn-mask"])
 def test_key_padding_mask_hides_where_it_is_true(infinite, masked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,10 @@ def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         ...
         ValueError: q: its 3 heads must be a multiple of the 2 heads of k
     """
+    given: tuple[object, ...] = (q, k, v)
+    for name, thing in zip("qkv", given, strict=True):
+        if not isinstance(thing, Tensor):
+            raise TypeError(f"{name}: expected a tensor (B, H, N, D), got {type(thing).__name__}")
     qs, ks, vs = q.shape, k.shape, v.shape
     if len(qs) != 4 or len(ks) != 4 or len(vs) != 4:
         for name, t in (("q", q), ("k", k), ("v", v)):
@@ -55,6 +60,7 @@ def options(
 
     Raises:
         ValueError: For a number out of its range or a tensor of the wrong shape.
+        TypeError: For a sink that is not a floating tensor.
     """
     if scale is not None and not abs(float(scale)) < float("inf"):
         raise ValueError(f"scale: expected a finite number, got {scale}")
@@ -65,6 +71,9 @@ def options(
     if skip_threshold is not None and not 0.0 <= skip_threshold < 1.0:
         raise ValueError(f"skip_threshold: expected a number in [0, 1), got {skip_threshold}")
     if sink is not None:
+        if not isinstance(sink, Tensor) or not sink.is_floating_point():
+            got = sink.dtype if isinstance(sink, Tensor) else type(sink).__name__
+            raise TypeError(f"sink: expected a floating tensor (Hq={q.shape[1]},), got {got}")
         if tuple(sink.shape) != (q.shape[1],):
             raise ValueError(f"sink: expected shape (Hq={q.shape[1]},), got {tuple(sink.shape)}")
         if sink.device != q.device:
@@ -84,7 +93,7 @@ def positions(given: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tenso
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise TypeError(f"positions: expected a pair (q_pos, k_pos), got {type(given).__name__}")
     for name, pos, t in (("q_pos", given[0], q), ("k_pos", given[1], k)):
-        if not isinstance(pos, Tensor) or pos.is_floating_point() or pos.is_complex():
+        if not isinstance(pos, Tensor) or pos.is_floating_point() or pos.is_complex() or pos.dtype == torch.bool:
             got = pos.dtype if isinstance(pos, Tensor) else type(pos).__name__
             raise TypeError(f"positions: {name} must be an integer tensor, got {got}")
         if tuple(pos.shape) not in ((t.shape[2],), (t.shape[0], t.shape[2])):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 
@@ -54,7 +55,7 @@ class RoPE:
         if not self.factor > 0:
             raise ValueError(f"factor: expected a number above 0, got {self.factor}")
 
-    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, x: Float[Tensor, "B H N D"], positions: Integer[Tensor, "... N"]) -> Float[Tensor, "B H N D"]:
         """Rotates queries or keys.
 
         Args:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.attention import attention
@@ -40,15 +41,15 @@ _previous: WeakKeyDictionary[nn.Module, list[tuple[Any, str]]] = WeakKeyDictiona
 
 def attention_function(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "B Hq Nq D"],
+    key: Float[Tensor, "B Hkv Nk D"],
+    value: Float[Tensor, "B Hkv Nk Dv"],
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **given: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Float[Tensor, "B Nq Hq Dv"], None]:
     """Exact attention behind the interface of transformers.
 
     Args:

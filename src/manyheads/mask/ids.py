@@ -57,7 +57,7 @@ def settle(ids: torch.Tensor, *along: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def to_runs(ids: torch.Tensor, ids_mask: torch.Tensor | None, grid: tuple[int, int]) -> Runs:
     """The runs of all (batch, head) row sets, on the host."""
-    chosen = ids.cpu().numpy().reshape(-1, ids.shape[-1])
+    chosen = ids.cpu().numpy().reshape(ids.shape[:3].numel(), ids.shape[-1])
     row, slot = np.nonzero(chosen >= 0)
     column = chosen[row, slot].astype(np.int64)
     id = np.zeros(len(row), dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyheads.attention import Positions, attention
@@ -12,18 +13,18 @@ from manyheads.spec import Case, Spec, qkv
 
 
 def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B Hq Nq D"],
+    k: Float[Tensor, "B Hkv Nk D"],
+    v: Float[Tensor, "B Hkv Nk Dv"],
     *,
     mask: Mask | str | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sink: Tensor | None = None,
+    sink: Float[Tensor, " Hq"] | None = None,
     positions: Positions | None = None,
-    key_padding: Tensor | None = None,
+    key_padding: Bool[Tensor, "B Nk"] | None = None,
     return_lse: bool = False,
-) -> Tensor | Attn:
+) -> Float[Tensor, "B Hq Nq Dv"] | Attn:
     """Every score, masked, through a softmax: the meaning of :func:`manyheads.attention`.
 
     Arguments and results are those of the front door; biases and dropout are not covered here.

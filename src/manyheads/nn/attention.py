@@ -281,10 +281,7 @@ class Attention(nn.Module):
     def _weights(self, q: Tensor, k: Tensor, asked: dict[str, Any]) -> Tensor:
         if self.core is not attention:
             raise UnsupportedError("need_weights: only the exact core has weights to return; pass need_weights=False")
-        if "bias" not in asked:
-            return attention_weights(q, k, **asked)
-        units = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)  # what is averaged are the weights
-        return attention(q, k, units.expand(*k.shape[:2], -1, -1), **asked)
+        return attention_weights(q, k, **asked)
 
     def extra_repr(self) -> str:
         """Sizes, and whatever differs from the plain layer."""

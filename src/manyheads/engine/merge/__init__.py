@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..result import Attn
@@ -10,7 +11,7 @@ from ..result import Attn
 __all__ = ["merge"]
 
 
-def merge(*parts: Attn | tuple[Tensor, Tensor]) -> Attn:
+def merge(*parts: tuple[Float[Tensor, "*rows Dv"], Float[Tensor, "*rows"]]) -> Attn:
     """The result over the union of disjoint key sets, from the results over each.
 
     ``lse = log sum_p exp(lse_p)`` and ``out = sum_p exp(lse_p - lse) out_p``: associative and commutative, so rings,

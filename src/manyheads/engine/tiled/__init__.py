@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from ...common import checks
@@ -11,7 +12,7 @@ from ...mask.base import Mask
 from ...mask.layout import TileLayout
 from ..result import Attn
 from . import bias as biases
-from . import launch
+from . import launch, sharding
 from .bias import ALiBi, Bias, Pair, PerBlock, PerKey, Relative, Term
 from .op import BACKENDS, op
 from .weight import WEIGHTS, weight_named
@@ -30,30 +31,30 @@ __all__ = [
     "tiled",
 ]
 
-Positions = tuple[Tensor, Tensor]
+Positions = tuple[Integer[Tensor, "... Nq"], Integer[Tensor, "... Nk"]]
 Maskish = Mask | TileLayout | str
 
 
 def tiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B Hq Nq D"],
+    k: Float[Tensor, "B Hkv Nk D"],
+    v: Float[Tensor, "B Hkv Nk Dv"],
     mask: Maskish,
     *,
     scale: float | None = None,
     bias: Bias | Term | None = None,
     softcap: float | None = None,
-    sink: Tensor | None = None,
+    sink: Float[Tensor, " Hq"] | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     skip_threshold: float | None = None,
     weight: str = "softmax",
     positions: Positions | None = None,
-    key_padding: Tensor | None = None,
+    key_padding: Bool[Tensor, "B Nk"] | None = None,
     tile: tuple[int, int] | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | Attn:
+) -> Float[Tensor, "B Hq Nq Dv"] | Attn:
     """Averages values with weights that depend on scores, over the pairs that a mask or layout allows.
 
     ``out_i = sum_j w_ij v_j / sum_j w_ij`` with ``w_ij = exp(s_ij)`` (or another ``weight``) and
@@ -71,7 +72,8 @@ def tiled(
             that sees nothing else has ``lse = sink``.
         dropout_p: Share of weights dropped after normalisation; the pattern depends on the seed, the batch, the head
             and the logical positions only.
-        seed: Integer, or int64 tensor of one element; drawn from torch's generator when missing.
+        seed: Integer, or int64 tensor of one element on the CPU (one on a GPU is waited for); drawn from torch's
+            generator when missing.
         skip_threshold: In ``(0, 1)``: a tile is skipped when no row's best score in it comes within
             ``-log(skip_threshold)`` of that row's running maximum (BLASST, 2025). One-sided and dependent on the order
             of tiles; the skipped mass is not restored.
@@ -106,10 +108,16 @@ def tiled(
     bias_text, bias_data = biases.flatten(bias)
     terms = biases.unflatten(bias_text, bias_data)
     for term in terms:
+        if term.tensor.device != q.device:
+            kind = type(term).__name__
+            raise ValueError(f"bias {kind}: expected a tensor on the device of q, {q.device}, got {term.tensor.device}")
         term.check(q.shape[1], q.shape[0], q.shape[2], k.shape[2])
     q_pos, k_pos = (None, None) if positions is None else checks.positions(positions, q, k)
+    sharded = sharding.seen(q, k, v)
     if key_padding is not None:
         checks.key_padding(key_padding, k)
+        if sharded:
+            key_padding = sharding.replicated(key_padding, sharding.plan_of(q, k, v).mesh)
         k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
     chosen = _backend(backend, q, v, terms)
     mask_text, mask_data = _flat(mask, q, k, (q_pos, k_pos))
@@ -184,6 +192,9 @@ def _flat(
         raise ValueError(
             f"mask: a layout of {mask.nq} x {mask.nk} tokens does not fit q and k of {q.shape[2]} x {k.shape[2]}"
         )
+    for name, own, n in zip(("batch entries", "heads"), mask.index.shape, q.shape, strict=False):
+        if own not in (1, n):
+            raise ValueError(f"mask: a layout for {own} {name} does not fit the {n} of q")
     if positions[0] is not None:
         raise ValueError("positions: a layout carries its own; build it with them instead")
     text, data = mask.flatten()

@@ -15,7 +15,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
 KINDS = ("plain", "general", "heavy")
 """``plain``: softmax over masked scores; ``general``: with one of a bias, cap, dropout, skipping or another weight;
-``heavy``: with several of them, or with a bias for every pair."""
+``heavy``: with several of them."""
 
 VARIABLE = "MANYHEADS_CONFIGS"
 """Environment variable with the name of a table whose rows go before the checked-in ones."""
@@ -241,18 +241,18 @@ def kind_of(plain: bool, features: int, pair: bool = False) -> str:
         plain: Whether it is softmax over masked scores and nothing else.
         features: How many of these it uses: ALiBi or a cap, a relative table, a value for each block, dropout,
             skipping, another weight than the softmax.
-        pair: Whether it has a bias for every pair or key.
+        pair: Whether it has a bias for every pair or key, which is one more.
 
     Returns:
         One of ``KINDS``.
 
     Example:
-        >>> kind_of(True, 0), kind_of(False, 1), kind_of(False, 2), kind_of(False, 0, pair=True)
+        >>> kind_of(True, 0), kind_of(False, 1), kind_of(False, 2), kind_of(False, 1, pair=True)
         ('plain', 'general', 'heavy', 'heavy')
     """
     if plain:
         return "plain"
-    return "heavy" if pair or features > 1 else "general"
+    return "heavy" if features + pair > 1 else "general"
 
 
 def family(backend: str, arch: int | str) -> str:

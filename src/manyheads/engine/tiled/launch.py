@@ -23,6 +23,7 @@ from .problem import Grads, Problem
 from .rows import Rows, by_keys, by_queries, fitting, packs, work_of
 
 _STRIP_BYTES = 256 << 20  # score gradients that are held at once for the gradients of a bias
+_FAR = 1 << 23  # elements between two tokens; a tile of 256 would leave the 32 bits in which kernels count inside it
 
 
 @constant
@@ -103,11 +104,18 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     turn = _programs(p.q.device, config) if config.persistent else 0
     work = call.work(turn)
     sink = call.nothing if p.sink is None else p.sink.to(torch.float32).contiguous()
-    given = {"out": values, "lse": lse, "sink": sink, "SINK": p.sink is not None, "work": work, "total": len(work)}
+    # what is skipped depends on scores only, so there the sink comes after them
+    late = p.sink is not None and p.skip_threshold > 0
+    given = {"out": values, "lse": lse, "sink": sink, "work": work, "total": len(work)}
+    given["SINK"] = p.sink is not None and not late
     # the interpreter knows no assembly
     exp = 0 if interpreted() and config.exp > 1 else config.exp
     given |= {"EXP": exp, "RESCALE": config.rescale, "PERSISTENT": config.persistent > 0}
     call.launch(_kernels().forward, min(turn or len(work), len(work)), given)
+    if late:
+        wider = torch.logaddexp(lse, sink[:, None])
+        values *= torch.exp(lse - wider.masked_fill(wider == -math.inf, 0.0))[..., None]
+        lse = wider
     return out.copy_(values) if values is not out else out, lse
 
 
@@ -119,11 +127,11 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
     rows = _Call(p, "rows_backward", p.layout, dout)
     delta = _delta(p, rows, out, lse, dlse)
+    lse = lse.masked_fill(lse == -math.inf, math.inf) if p.weight.normalised else torch.zeros_like(lse)
     dsink = None
     if p.sink is not None:
         share = torch.exp(p.sink.double()[:, None] - lse)
         dsink = -(share * delta).sum((0, 2)).to(p.sink.dtype)
-    lse = lse.masked_fill(lse == -math.inf, math.inf) if p.weight.normalised else torch.zeros_like(lse)
     given: dict[str, Any] = {"lse": lse, "delta": delta}
     skipped = rows.nothing
     if p.skip_threshold:
@@ -160,7 +168,7 @@ def _delta(p: Problem, rows: _Call, out: Tensor, lse: Tensor, dlse: Tensor | Non
         kernel = _kernels().row_products
         width = dout.shape[3]
         n = lse.numel()
-        out = out.to(dout.dtype)
+        out = out.to(dout.dtype).contiguous()
         kernel[(-(-n // 64),)](
             dout, out, delta, *dout.stride()[:3], n, lse.shape[1], lse.shape[2],
             WIDTH=width, PADDED=_padded(width), ROWS=64,
@@ -199,7 +207,8 @@ class _Call:
         device = p.q.device
         keys = kernel == "keys_backward"
         self.rows: Rows = (by_keys if keys else by_queries)(self.layout, device)
-        self.pack = packs(self.layout, p.group)
+        # heads of a pack would be skipped together
+        self.pack = 1 if p.skip_threshold else packs(self.layout, p.group)
         self.q, self.k, self.v = (_readable(t) for t in (p.q, p.k, p.v))
         self.dout = None if dout is None else _readable(dout)
         self.slots = slots.slots_of([_replaced(t) for t in p.terms] if interpreted() else p.terms)
@@ -279,6 +288,8 @@ def _positions(p: Problem, nothing: Tensor) -> dict[str, Any]:
 def _readable(t: Tensor) -> Tensor:
     """With neighbouring entries of the last dimension; the interpreter has no bfloat16."""
     t = t.to(torch.float32) if t.dtype == torch.bfloat16 and interpreted() else t
+    if t.dim() == 4 and t.stride(2) >= _FAR:
+        return t.contiguous()
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 and t.is_contiguous() else t.contiguous()
 
 
@@ -292,7 +303,8 @@ def _padded(width: int) -> int:
 
 def _tf32(q: Tensor) -> bool:
     """Whether the caller has allowed float32 products of reduced precision, by torch's own switch."""
-    return q.dtype == torch.float32 and q.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    # the older function raises once somebody has used this switch
+    return q.dtype == torch.float32 and q.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _empty_lse(p: Problem, lse: Tensor) -> Tensor:

@@ -285,6 +285,9 @@ def layout_for(
 
 
 def _positions(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logical positions with a leading batch dimension, on the device of the scores."""
-    q_pos, k_pos = layout.positions
-    return q_pos.to(device).view(-1, layout.nq), k_pos.to(device).view(-1, layout.nk)
+    """Logical positions with a leading batch dimension, on the device of the scores; kept with the layout."""
+    known = layout.__dict__.setdefault("_placed", {})
+    if device not in known:
+        q_pos, k_pos = layout.positions
+        known[device] = q_pos.to(device).view(-1, layout.nq), k_pos.to(device).view(-1, layout.nk)
+    return known[device]

@@ -113,7 +113,12 @@ def _reduced_precision() -> Iterator[bool]:
     if not _alone() or not _flag_lock.acquire(blocking=False):
         yield False
         return
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody set torch's newer switches, beside which this one may not be read
+        _flag_lock.release()
+        yield False
+        return
     try:
         torch.set_float32_matmul_precision("medium")
         yield True

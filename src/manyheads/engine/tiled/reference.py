@@ -62,7 +62,7 @@ def weights(p: Problem, allowed: Tensor) -> tuple[Tensor, Tensor]:
 def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Gradients of :func:`forward` by automatic differentiation of it."""
     leaves = [p.q, p.k, p.v, *([p.sink] if p.sink is not None else []), *(t.tensor for t in p.terms)]
-    with _recording():
+    with recording():
         fresh = [t.detach().requires_grad_() for t in leaves]
         again = _with_leaves(p, fresh)
         out_again, lse_again = forward(again)
@@ -78,7 +78,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
 
 
 @contextmanager
-def _recording() -> Iterator[None]:
+def recording() -> Iterator[None]:
     """Records gradients even inside an operator, below which torch has switched the recording off."""
     c = torch._C
     excluded = c._dispatch_tls_local_exclude_set()

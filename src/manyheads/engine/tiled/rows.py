@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UnsupportedError
-from ...mask.evaluate import pack, unpack
+from ...mask.ids import settle
 from ...mask.layout import TileLayout
 
 _L2_BYTES = 32 << 20  # keys and values of neighbouring programs should stay in a cache of about this size
@@ -42,13 +42,13 @@ class Rows:
 
 
 def fitting(layout: TileLayout, tile: tuple[int, int], own: bool, skips: bool = False) -> TileLayout:
-    """The layout in tiles that a kernel can take.
+    """The layout in tiles that a kernel can take. Padded ids are cut where they are, without waiting for the device.
 
     Args:
         layout: Any layout.
         tile: Queries and keys of the configuration's tile.
         own: Whether the layout's tiles are the caller's choice, and so kept where they fit into the configuration's.
-        skips: Whether tiles are skipped, and so cannot be cut.
+        skips: Whether tiles are skipped, and so cannot be cut and are taken in ascending order.
 
     Returns:
         The layout itself, or an exact rearrangement, kept with it.
@@ -59,6 +59,8 @@ def fitting(layout: TileLayout, tile: tuple[int, int], own: bool, skips: bool = 
     (bm, bn), (most_m, most_n) = layout.tile, tile
     powers = bm & (bm - 1) == 0 and bn & (bn - 1) == 0
     if layout.tile == tile or (own and powers and bm <= most_m and 16 <= bn <= most_n):
+        if skips and layout.ids is not None:
+            return _kept(layout, ("ascending",), lambda: _ascending(layout))
         return layout
     if skips:
         raise UnsupportedError(
@@ -67,10 +69,43 @@ def fitting(layout: TileLayout, tile: tuple[int, int], own: bool, skips: bool = 
         )
     if own and powers:
         tile = min(bm, most_m), max(16, min(bn, most_n))
-    known = layout.__dict__.setdefault("_fitted", {})
-    if tile not in known:
-        known[tile] = layout.retile(tile)
-    return known[tile]
+    cuts = own and powers and layout.ids is not None and bn >= 16
+    return _kept(layout, ("fitted", tile), lambda: _cut(layout, tile) if cuts else layout.retile(tile))
+
+
+def _cut(layout: TileLayout, tile: tuple[int, int]) -> TileLayout:
+    """Padded ids in tiles that divide theirs; parts beyond the keys and parts that see nothing are dropped."""
+    assert layout.ids is not None
+    ids, device = layout.ids, layout.ids.device
+    up, across = layout.tile[0] // tile[0], layout.tile[1] // tile[1]
+    rows, columns = torch.arange(up, device=device)[:, None, None], torch.arange(across, device=device)
+    parts = ids[..., None, :, None] * across + columns
+    parts = torch.where((ids[..., None, :, None] >= 0) & (parts < -(-layout.nk // tile[1])), parts, -1)
+    parts = parts.expand(*ids.shape[:3], up, ids.shape[3], across).to(torch.int32)
+    bits = layout.bits.to(device).unflatten(1, (up, tile[0])).unflatten(3, (across, tile[1] // 8))
+    bits = bits.permute(0, 1, 3, 2, 4).flatten(0, 2)
+    shape = (*ids.shape[:2], ids.shape[2] * up, ids.shape[3] * across)
+    tq = -(-layout.nq // tile[0])
+    masks = None
+    if layout.ids_mask is not None:
+        masks = layout.ids_mask[..., None, :, None].long()
+        masks = torch.where(masks == 0, 0, ((masks - 1) * up + rows) * across + columns + 1)
+        empty = torch.cat([torch.zeros(1, dtype=torch.bool, device=device), (bits == 0).all(-1).all(-1)])
+        parts = torch.where(empty[masks], -1, parts)
+        masks = masks.to(torch.int32).reshape(shape)[:, :, :tq]
+    parts = parts.reshape(shape)[:, :, :tq]
+    parts, counts, *rest = settle(parts, *([] if masks is None else [masks]))
+    return replace(
+        layout, tile=tile, ids=parts, ids_count=counts, ids_mask=rest[0] if rest else None, bits=bits.contiguous()
+    )
+
+
+def _ascending(layout: TileLayout) -> TileLayout:
+    """Padded ids in the order of the keys: what is skipped depends on the order."""
+    assert layout.ids is not None
+    order = torch.where(layout.ids < 0, layout.grid[1], layout.ids).argsort(-1)
+    masks = None if layout.ids_mask is None else layout.ids_mask.gather(-1, order)
+    return replace(layout, ids=layout.ids.gather(-1, order), ids_mask=masks)
 
 
 def by_queries(layout: TileLayout, device: torch.device) -> Rows:
@@ -83,7 +118,7 @@ def by_queries(layout: TileLayout, device: torch.device) -> Rows:
 def by_keys(layout: TileLayout, device: torch.device) -> Rows:
     """What visits each row of key tiles. Padded ids are inverted where they are, without waiting for the device."""
     if layout.ids is not None and layout.ids.device.type != "cpu":
-        return _kept(layout, ("k", device), lambda: _inverted(layout))
+        return _kept(layout, ("k", device), lambda: _inverted(layout, device))
     return _kept(layout, ("k", device), lambda: _runs(layout.transpose(), device))
 
 
@@ -96,25 +131,33 @@ def _kept(layout: TileLayout, key: tuple[Any, ...], make: Any) -> Any:
 
 def _runs(layout: TileLayout, device: torch.device) -> Rows:
     some = [t if t.numel() else t.new_zeros(1) for t in (layout.first, layout.count, layout.mask_id)]
-    first, count, mask_id, rows, index = (t.to(device) for t in (*some, layout.rows, layout.index))
+    first, count, mask_id, rows, index = (t.to(device).contiguous() for t in (*some, layout.rows, layout.index))
     return Rows(layout.tile, rows, first, count, mask_id, _words(layout, device), index, 0, True, _steps(index))
 
 
 def _listed(layout: TileLayout, device: torch.device) -> Rows:
     assert layout.ids is not None and layout.ids_count is not None
-    ids, counts, index = (t.to(device).contiguous() for t in (layout.ids, layout.ids_count, layout.index))
-    masked = layout.ids_mask is not None
-    mask_id = layout.ids_mask.to(device).contiguous() if layout.ids_mask is not None else ids
-    return Rows(
-        layout.tile, counts, ids, counts, mask_id, _words(layout, device), index, ids.shape[-1], masked, _steps(index)
-    )
+    ids, counts = layout.ids.to(device), layout.ids_count.to(device).contiguous()
+    # a width of 0 would read as runs
+    ids = ids.contiguous() if ids.shape[-1] else ids.new_full((*ids.shape[:3], 1), -1)
+    masked = layout.ids_mask is not None and layout.ids_mask.shape == ids.shape
+    mask_id = layout.ids_mask.to(device).contiguous() if masked and layout.ids_mask is not None else ids
+    words, index = _words(layout, device), _index(layout, device)
+    return Rows(layout.tile, counts, ids, counts, mask_id, words, index, ids.shape[-1], masked, _steps(index))
 
 
-def _inverted(layout: TileLayout) -> Rows:
+def _index(layout: TileLayout, device: torch.device) -> Tensor:
+    """The index of padded ids on their device; the usual one is made there, because a copy would wait for it."""
+    index, number = layout.index, layout.index.numel()
+    if index.device != device and torch.equal(index.flatten().cpu(), torch.arange(number, dtype=index.dtype)):
+        return torch.arange(number, dtype=torch.int32, device=device).view(index.shape)
+    return index.to(device).contiguous()
+
+
+def _inverted(layout: TileLayout, device: torch.device) -> Rows:
     """Padded ids by key tile: one run of one tile for each id, sorted by key tile; unused ones lie at the end."""
     assert layout.ids is not None
-    ids = layout.ids
-    device = ids.device
+    ids = layout.ids.to(device)
     tq, tk = layout.grid
     sets = ids.shape[0] * ids.shape[1]
     own = torch.arange(sets * tq, device=device).view(sets, tq, 1)
@@ -124,18 +167,15 @@ def _inverted(layout: TileLayout) -> Rows:
     edges = torch.arange(tk + 1, device=device) * tq + torch.arange(sets, device=device)[:, None] * tk * tq
     rows = torch.searchsorted(place, edges).to(torch.int32)
     first = (place % tq).to(torch.int32)
-    mask_id = torch.zeros_like(first) if layout.ids_mask is None else layout.ids_mask.reshape(-1)[order]
-    bits = _turned(layout.bits.to(device), layout.tile)
-    index = layout.index.to(device)
+    mask_id = torch.zeros_like(first) if layout.ids_mask is None else layout.ids_mask.to(device).reshape(-1)[order]
+    bits, index = _turned(layout.bits.to(device), layout.tile), _index(layout, device)
     turned = (layout.tile[1], layout.tile[0])
     words = _as_words(bits, turned)
     return Rows(turned, rows, first, torch.ones_like(first), mask_id, words, index, 0, True, _steps(index))
 
 
 def _turned(bits: Tensor, tile: tuple[int, int]) -> Tensor:
-    """Bitmaps with rows and columns exchanged; on the device by torch, as everything there."""
-    if bits.device.type == "cpu":
-        return torch.from_numpy(pack(unpack(bits.numpy(), tile[1]).transpose(0, 2, 1).copy()))
+    """Bitmaps with rows and columns exchanged, where they are."""
     shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
     dense = (bits[..., None] >> shifts & 1).flatten(-2)[..., : tile[1]].transpose(1, 2)
     dense = torch.nn.functional.pad(dense, (0, -tile[0] % 8))
@@ -171,8 +211,8 @@ def packs(layout: TileLayout, group: int) -> int:
         return most
     if layout.ids is not None:
         return 1  # whether rows agree within a group is known on the device only
-    same = index.view(index.shape[0], -1, group)
-    return most if bool((same == same[..., :1]).all()) else 1
+    same = index.reshape(index.shape[0], -1, group)
+    return _kept(layout, ("packs", group), lambda: most if bool((same == same[..., :1]).all()) else 1)
 
 
 def work_of(
@@ -211,20 +251,28 @@ def _ordered(
     layout: TileLayout, packs: int, batch: int, key_bytes: int, device: torch.device, keys: bool, turn: int
 ) -> Tensor:
     if layout.ids is not None and layout.ids.device.type != "cpu":
-        n_rows = layout.grid[1 if keys else 0]
-        if keys or layout.ids_count is None:
-            return torch.arange(batch * packs * n_rows, dtype=torch.int32, device=device)
-        counts = layout.ids_count[:, :: max(1, layout.ids_count.shape[1] // packs)]
-        spread = counts.expand(batch, packs, n_rows).flatten()
-        return spread.argsort(descending=True, stable=True).to(torch.int32)
+        return _counted(layout, packs, batch, device, keys)
     costs = row_costs(layout.transpose() if keys else layout)
     index = layout.index.cpu().numpy()
     index = np.broadcast_to(index, (batch, index.shape[1]))
-    index = index[:, :: index.shape[1] // packs] if index.shape[1] >= packs else np.repeat(index, packs, axis=1)
-    order = longest_first(costs[index.reshape(-1)], max(1, _L2_BYTES // max(1, key_bytes)))
+    index = index if index.shape[1] >= packs else np.repeat(index, packs, axis=1)
+    each = costs[index].reshape(batch * packs, -1, costs.shape[1])
+    # the rows of keys are visited by every head of a group, those of queries once for all heads of a pack
+    costs = each.sum(1) if keys else each[:, 0]
+    order = longest_first(costs, max(1, _L2_BYTES // max(1, key_bytes)))
     if turn:
         order = dealt(order, turn)
     return torch.from_numpy(order.astype(np.int32)).to(device)
+
+
+def _counted(layout: TileLayout, packs: int, batch: int, device: torch.device, keys: bool) -> Tensor:
+    """The order of padded ids that nobody on the host has seen; what visits a row of keys is not counted."""
+    n_rows = layout.grid[1 if keys else 0]
+    if keys or layout.ids_count is None:
+        return torch.arange(batch * packs * n_rows, dtype=torch.int32, device=device)
+    counts = layout.ids_count[:, :: max(1, layout.ids_count.shape[1] // packs)]
+    spread = counts.expand(batch, packs, n_rows).flatten()
+    return spread.argsort(descending=True, stable=True).to(torch.int32)
 
 
 def row_costs(layout: TileLayout) -> np.ndarray:

@@ -22,9 +22,11 @@ from ...common.errors import UnsupportedError
 from ...mask.base import Mask
 from ...mask.layout import TileLayout
 from . import op as operator
+from .reference import recording
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DeviceMesh, DTensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
 BATCH, HEADS = 0, 1
@@ -62,14 +64,13 @@ def _register() -> None:
         torch.library.register_torch_dispatch(f"manyheads::{name}", DTensor, rule)
 
 
-def replicated(t: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every rank holds whole as a DTensor on the mesh of another; a DTensor as it is."""
+def replicated(t: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A tensor that every rank holds whole as a DTensor on a mesh; a DTensor as it is."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    assert isinstance(like, DTensor)
     if isinstance(t, DTensor):
         return t
-    return DTensor.from_local(t, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,12 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor) -> Plan:
     mesh = _common_mesh(q, k, v)
     axes: list[int | None] = []
     for i in range(mesh.ndim):
-        found = {name: axis for name, t in zip("qkv", (q, k, v), strict=True) if (axis := _axis(name, t, i)) is not None}
-        if len(set(found.values())) > 1:
-            both = ", ".join(f"{name} on its {_NAMES[axis]}" for name, axis in found.items())
-            raise ValueError(f"q, k, v: {_where(mesh, i)} shards {both}; redistribute them alike")
-        axes.append(next(iter(found.values()), None))
+        given = {name: _axis(name, t, i) for name, t in zip("qkv", (q, k, v), strict=True)}
+        found = {axis for axis in given.values() if axis is not None}
+        if len(found) > 1:
+            each = ", ".join(f"{name} on its {_NAMES[axis]}" for name, axis in given.items() if axis is not None)
+            raise ValueError(f"q, k, v: {_where(mesh, i)} shards {each}; redistribute them alike")
+        axes.append(found.pop() if found else None)
     batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
     shards = {axis: math.prod(mesh.size(i) for i, a in enumerate(axes) if a == axis) for axis in (BATCH, HEADS)}
     last = range(batch)
@@ -149,8 +151,8 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor) -> Plan:
         last = _chunk(last, mesh.size(i), mesh.size(i) - 1) if axis == BATCH else last
     if batch and not last:
         raise ValueError(f"q: a batch of {batch} leaves some of {shards[BATCH]} ranks without an entry; shard less")
-    each, group = heads // shards[HEADS], heads // max(1, kv_heads)
-    if heads % shards[HEADS] or (each % group and group % each):
+    own_heads, group = heads // shards[HEADS], heads // max(1, kv_heads)
+    if heads % shards[HEADS] or (heads and own_heads % group and group % own_heads):
         raise ValueError(
             f"q: {heads} heads over {kv_heads} heads of k and v cannot be sharded over {shards[HEADS]} ranks: every "
             "rank needs equally many, in whole groups or within one"
@@ -166,7 +168,7 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor) -> Plan:
 
 def _forward(cls: type, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``tiled`` on DTensors: the operator on this rank's part, its results put together as q is."""
-    with torch.no_grad():
+    with recording(), torch.no_grad():  # collectives are autograd functions; nothing of them is recorded
         call = _Call(func, args, kwargs)
         out, lse = func(*call.local)
         return call.q.joined(out), call.q.joined(lse)
@@ -174,7 +176,7 @@ def _forward(cls: type, func: Any, types: Any, args: tuple[Any, ...], kwargs: di
 
 def _backward(cls: type, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """``tiled_backward`` on DTensors: every gradient is placed as its input is."""
-    with torch.no_grad():
+    with recording(), torch.no_grad():  # collectives are autograd functions; nothing of them is recorded
         call = _Call(func, args, kwargs)
         found = func(*call.local)
         bias_grads = call.given["bias_grads"]
@@ -241,7 +243,7 @@ class _Operand:
         self.wanted = {BATCH: plan.batch, HEADS: plan.kv if kv else plan.heads}
         self.placed = [False] * plan.mesh.ndim
         if isinstance(given, DTensor):
-            parts = {axis: 1 for axis in self.dims}
+            parts = dict.fromkeys(self.dims, 1)
             for i, axis in enumerate(plan.axes):
                 if axis in parts:
                     parts[axis] *= plan.mesh.size(i)
@@ -260,8 +262,8 @@ class _Operand:
         for i, (has, target) in enumerate(zip(given.placements, self.target, strict=True)):
             if has != target and not (has.is_replicate() or has.is_partial()):
                 raise ValueError(
-                    f"{self.name}: {_where(self.plan.mesh, i)} has it as {has}, where this call needs {target} or "
-                    "Replicate(); redistribute it"
+                    f"{self.name}: {_where(self.plan.mesh, i)} has it as {has!r}, where this call needs {target!r} "
+                    "or Replicate(); redistribute it"
                 )
 
     def local(self) -> Tensor:
@@ -336,12 +338,12 @@ def _entries(t: Tensor | None, plan: Plan) -> Tensor | None:
 
 def _agreed(seed: Tensor | None, plan: Plan) -> Tensor | None:
     """One seed for all ranks: that of the first."""
-    from torch.distributed.tensor import DTensor, Replicate
-
     if seed is None or plan.mesh.size() == 1:
         return seed
     seed = seed.to(plan.mesh.device_type, copy=True)
-    return DTensor.from_local(seed, plan.mesh, [Replicate()] * plan.mesh.ndim, run_check=True).to_local()
+    for i in range(plan.mesh.ndim):
+        torch.distributed.broadcast(seed, group=plan.mesh.get_group(i), group_src=0)
+    return seed
 
 
 def _mask_part(text: str, data: Sequence[Tensor], plan: Plan) -> tuple[str, Sequence[Tensor]]:
@@ -349,11 +351,10 @@ def _mask_part(text: str, data: Sequence[Tensor], plan: Plan) -> tuple[str, Sequ
     if not plan.divided:
         return text, data
     value = operator._value(text, data)
-    cut = _cut_layout if isinstance(value, TileLayout) else _cut_mask
     parts = _parts.setdefault(value, {})
     where = (plan.batch, plan.heads)
     if where not in parts:
-        parts[where] = cut(value, plan)  # type: ignore[operator]
+        parts[where] = _cut_layout(value, plan) if isinstance(value, TileLayout) else _cut_mask(value, plan)
     part = parts[where]
     if part is None:
         return text, data
@@ -369,7 +370,7 @@ def _cut_mask(mask: Mask, plan: Plan) -> Mask | None:
     return None if part is mask else part
 
 
-def _cut_layout(layout: TileLayout, plan: Plan) -> TileLayout | None:
+def _cut_layout(layout: TileLayout, plan: Plan) -> TileLayout:
     cuts = [slice(None), slice(None)]
     for axis, part in ((BATCH, plan.batch), (HEADS, plan.heads)):
         if layout.index.shape[axis] > 1:
@@ -421,11 +422,11 @@ def _axis(name: str, t: Any, i: int) -> int | None:
     placement = t.placements[i]
     if placement.is_replicate() or placement.is_partial():
         return None
-    if isinstance(placement, Shard) and placement.dim % 4 in (BATCH, HEADS):
-        return placement.dim % 4
-    what = {2: "its tokens", 3: "its channels"}.get(placement.dim % 4, "an order of its own")
+    if isinstance(placement, Shard) and placement.dim in (BATCH, HEADS):
+        return placement.dim
+    what = {2: "its tokens", 3: "its channels"}.get(getattr(placement, "dim", -1), "it in an order of its own")
     raise UnsupportedError(
-        f"{name}: {_where(t.device_mesh, i)} shards {what} ({placement}); attention on DTensors takes shards of the "
+        f"{name}: {_where(t.device_mesh, i)} shards {what} ({placement!r}); attention on DTensors takes shards of the "
         "batch, Shard(0), or of the heads, Shard(1): redistribute q, k and v to one of them (from tokens to heads it "
         "is one exchange, as in Ulysses)"
     )

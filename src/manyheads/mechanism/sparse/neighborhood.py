@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.attention import attention
@@ -20,9 +21,9 @@ PerAxis = int | Sequence[int]
 
 
 def neighborhood_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B Hq N D"],
+    k: Float[Tensor, "B Hkv N D"],
+    v: Float[Tensor, "B Hkv N Dv"],
     *,
     shape: Sequence[int],
     window: PerAxis,
@@ -32,7 +33,7 @@ def neighborhood_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | Attn:
+) -> Float[Tensor, "B Hq N Dv"] | Attn:
     r"""Softmax attention of each token of a grid over its nearest keys, along one, two or three axes.
 
     $$o_i = \sum_{j \in \mathcal{N}(i)} \mathrm{softmax}_j(\mathrm{scale}\; q_i \cdot k_j)\, v_j$$
@@ -80,9 +81,9 @@ def neighborhood_attention(
 
 
 def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B Hq N D"],
+    k: Float[Tensor, "B Hkv N D"],
+    v: Float[Tensor, "B Hkv N Dv"],
     *,
     shape: Sequence[int],
     window: PerAxis,
@@ -91,7 +92,7 @@ def reference(
     causal: bool | Sequence[bool] = False,
     scale: float | None = None,
     return_lse: bool = False,
-) -> Tensor | Attn:
+) -> Float[Tensor, "B Hq N Dv"] | Attn:
     """Exact attention under a matrix of visible pairs, built axis by axis from the definition."""
 
     def per_axis(value: PerAxis | Sequence[bool]) -> Sequence[int]:

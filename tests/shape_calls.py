@@ -1,0 +1,169 @@
+"""Calls of every function whose signature names shapes, under jaxtyping's import hook: run by test_shapes.py.
+
+The hook rewrites modules while they are imported, so this runs in a process of its own, which prints what it found.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import json
+from pathlib import Path
+
+import beartype
+import jaxtyping
+import torch
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+SHAPED = ("Float[", "Float64[", "Bool[", "Int[", "Integer[")
+called: set[str] = set()
+
+
+def typechecked(function):
+    """What the hook puts around every function: checks the ones that name shapes, and notes that they ran."""
+    if not any(map(_named, function.__annotations__.values())):
+        return function
+    check = beartype.beartype(function, conf=beartype.BeartypeConf(is_pep484_tower=True))
+
+    @functools.wraps(function)
+    def noted(*args, **options):
+        called.add(f"{function.__module__}.{function.__qualname__}")
+        return check(*args, **options)
+
+    return noted
+
+
+def _named(annotation):
+    """Whether an annotation holds a shape."""
+    if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
+        return True
+    return any(map(_named, getattr(annotation, "__args__", ())))
+
+
+def annotated():
+    """Module and name of every function of the sources whose signature names shapes, but for overloads."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        for name, node in _functions(ast.parse(path.read_text(encoding="utf-8")), ""):
+            given = node.args
+            every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            hints = [ast.unparse(a.annotation) for a in every if a is not None and a.annotation is not None]
+            hints += [] if node.returns is None else [ast.unparse(node.returns)]
+            if any(word in hint for hint in hints for word in SHAPED):
+                yield module, name
+
+
+def _functions(node, prefix):
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from _functions(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.FunctionDef) and "overload" not in map(ast.unparse, child.decorator_list):
+            yield f"{prefix}{child.name}", child
+
+
+def typical():
+    """Calls that must pass: every mechanism as far as it declares, and what is no mechanism."""
+    import manyheads as mh
+    from manyheads import testing
+    from manyheads.common.rope import RoPE
+    from manyheads.engine.tiled import tiled
+    from manyheads.integration.transformers import attention_function
+    from manyheads.spec import Size, registry
+
+    for slug, spec in registry().items():
+        sizes = {"self": {}, "gqa": {"heads": 6, "kv_heads": 2}, "value_width": {"value_width": 5}}
+        sizes |= {"noncausal_cross": {"queries": 5, "keys": 9}, "backward": {"dtype": torch.float64}}
+        for what, size in sizes.items():
+            if what == "self" or spec.declares(what):
+                case = spec.inputs(Size(causal=not spec.declares("noncausal_self"), **size))
+                options = case.options | ({"return_lse": True} if spec.declares("lse") else {})
+                yield f"{slug} {what}", functools.partial(spec.fn, *case[:3], **options)
+                yield f"{slug} {what} by its reference", functools.partial(spec.reference, *case[:3], **options)
+    q, k, v = testing.sample_qkv(2, 6, 5, kv_heads=2, keys=9, value_width=4, seed=0)
+    padding, sink = torch.ones(2, 9, dtype=torch.bool), torch.zeros(6)
+    some = {"mask": "causal", "key_padding": padding, "sink": sink, "scale": 1, "bias": mh.ALiBi(sink)}
+    for positions in (torch.arange(4, 9), torch.arange(9)), (torch.arange(10).view(2, 5), torch.arange(9)):
+        for function in (mh.attention, mh.explain, tiled):
+            yield function.__name__, functools.partial(function, q, k, v, positions=positions, **some)
+        yield "weights", functools.partial(mh.attention_weights, q, k, positions=positions, rows=[0, -1], **some)
+    for dtype in (torch.float16, torch.bfloat16):
+        halves = [t.to(dtype) for t in (q, k, v)]
+        yield str(dtype), functools.partial(mh.attention, *halves, return_lse=True, mask=torch.ones(5, 9).bool())
+    part = mh.attention(q, k, v, return_lse=True)
+    yield "merge", functools.partial(mh.merge, part, tuple(part))
+    yield "budget", functools.partial(testing.assert_within_budget, q, q.double(), q)
+    yield "rope", functools.partial(RoPE(), q, torch.arange(5))
+    yield "transformers", functools.partial(attention_function, torch.nn.Module(), q, k, v, None)
+
+
+def wrong():
+    """Calls that annotations forbid, with the argument that the library's own error must name."""
+    import manyheads as mh
+    from manyheads import testing
+    from manyheads.common.rope import RoPE
+    from manyheads.engine.tiled import tiled
+    from manyheads.mechanism.sparse import neighborhood_attention
+
+    q, k, v = testing.sample_qkv(2, 6, 5, kv_heads=2, keys=9, value_width=4, seed=0)
+    at = torch.arange(5), torch.arange(9)
+    inputs = [
+        ("q", (q[0], k, v), {}),
+        ("q", (q.long(), k, v), {}),
+        ("q", (q.numpy(), k, v), {}),
+        ("k", (q, k[..., :3], v), {}),
+        ("k", (q, k[:1], v[:1]), {}),
+        ("v", (q, k, v[:, :, :8]), {}),
+        ("v", (q, k, v[:, :1]), {}),
+        ("sink", (q, k, v), {"sink": torch.zeros(5)}),
+        ("sink", (q, k, v), {"sink": torch.zeros(6).long()}),
+        ("key_padding", (q, k, v), {"key_padding": torch.ones(2, 5, dtype=torch.bool)}),
+        ("key_padding", (q, k, v), {"key_padding": torch.ones(2, 9)}),
+        ("positions", (q, k, v), {"positions": (at[0].float(), at[1])}),
+        ("positions", (q, k, v), {"positions": (at[1], at[1])}),
+    ]
+    for name, args, options in inputs:
+        for function in (mh.attention, mh.explain, tiled):
+            more = {"mask": "causal"} if function is tiled else {}
+            yield name, function, args, options | more
+        if name != "v":
+            yield name, mh.attention_weights, args[:2], options
+    part = mh.attention(q, k, v, return_lse=True)
+    yield "merge", mh.merge, ((part.out, part.lse[:1]),), {}
+    yield "merge", mh.merge, (part, (part.out[:1], part.lse[:1])), {}
+    yield "reference64", testing.assert_within_budget, (q, q, q), {}
+    yield "positions", RoPE.__call__, (RoPE(), q, at[0].float()), {}
+    yield "positions", RoPE.__call__, (RoPE(), q, at[1]), {}
+    yield "queries and keys", neighborhood_attention, (q, k, v), {"shape": (5,), "window": 2}
+
+
+def main():
+    """Runs all calls under the hook and prints what went wrong, what ran, and what should have."""
+    shaped = sorted(annotated())
+    jaxtyping.install_import_hook(sorted({module for module, _ in shaped}), "tests.shape_calls.typechecked")
+    failures = []
+    for label, call in typical():
+        try:
+            call()
+        except jaxtyping.TypeCheckError as error:
+            failures.append(f"{label}: {error}")
+    for name, function, args, options in wrong():
+        label = f"{function.__qualname__} with a wrong {name}"
+        try:
+            function(*args, **options)
+            failures.append(f"{label}: the annotations let it pass")
+        except jaxtyping.TypeCheckError:
+            pass
+        except Exception as error:
+            failures.append(f"{label}: the annotations let it pass until {error!r}")
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            function(*args, **options)
+            failures.append(f"{label}: the library lets it pass")
+        except (ValueError, TypeError) as error:
+            if name not in str(error):
+                failures.append(f"{label}: the library says {error!r}")
+        jaxtyping.config.update("jaxtyping_disable", False)
+    names = [".".join(pair) for pair in shaped]
+    print(json.dumps({"failures": failures, "called": sorted(called), "annotated": names}))
