@@ -74,7 +74,7 @@ def run(request: Request) -> int:
         return _by_resources(places, request)
     if (reason := no_gpu()) is not None:
         raise ValueError(f"tune: measuring needs a GPU, but {reason}; --dry-run and --resources need none")
-    from manyheads.lab.measure import Gpu, architecture
+    from manyheads.cli.measure import Gpu, architecture
 
     own = architecture("cuda")
     if strange := [a for a in request.archs if a != own]:

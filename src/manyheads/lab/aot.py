@@ -91,13 +91,13 @@ def compile_kernel(
         RuntimeError: ``TRITON_INTERPRET`` is set in this process, so that kernels are not compiled at all.
         ValueError: A constant is no argument of the kernel, or an unknown dtype.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError(
             "TRITON_INTERPRET is set: in this process kernels are interpreted and cannot be compiled; "
             "use manyheads.lab.pool, which compiles in processes of its own, or unset it before Triton is imported"
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
         import triton
         from triton.backends.compiler import GPUTarget

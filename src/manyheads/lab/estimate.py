@@ -72,6 +72,7 @@ class Work:
 
 WORK = {"forward": Work(2, 1, 10), "rows_backward": Work(3, 1, 10), "keys_backward": Work(4, 2, 10, keys=True)}
 _SOFTNESS = 4
+_A_ROW, _A_LOAD, _A_TILE = 60, 8, 100  # instructions
 _OPERATIONS = {"plain": 0, "general": 15, "heavy": 60}  # on each score: a bias, a cap or a hash; all of them
 
 
@@ -152,9 +153,13 @@ def _cycles(
     matrix = work.products * rows * stream * width / (rates.plain if exact else rates.matrix)
     operations = work.operations + _OPERATIONS[kind]
     special = scores / rates.special
-    plain = scores * operations / rates.plain
+    # running maxima and sums of the rows, addresses of the streamed tile, and the loop itself
+    overhead = _A_ROW * own + _A_LOAD * 2 * stream * width * itemsize // 16 + _A_TILE * warps * machine.lanes
+    if kernel == "forward":
+        overhead += own * width  # rescaling
     if rates.aside:
-        plain += 2 * own * width * work.stored / rates.plain
+        overhead += 2 * own * width * work.stored
+    plain = (scores * operations + overhead) / rates.plain
     # every group of warps reads the streamed operand of each product, and its own rows again for the scores
     groups = max(1, own // 64) if rates.straight else max(1, min(warps, own // 16))
     read = groups * work.products * stream * width * itemsize

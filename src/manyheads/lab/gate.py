@@ -76,7 +76,8 @@ def run(
     for version in sorted({n.triton for n in needs} - {n.triton for n in rows}):
         known = ", ".join(sorted({n.triton for n in rows})) or "no version"
         verdict.notes.append(f"the table knows Triton {known}, not {version}: only the rules were held")
-    verdict.notes.extend(f"{m.case.id}: {m.case.may_spill}" for m in made if m.case.may_spill)
+    spared = (m for m in made if m.case.may_spill and m.compiled is not None and m.compiled.spilled)
+    verdict.notes.extend(f"{m.case.id}: may spill, for {m.case.may_spill}" for m in spared)
     return verdict
 
 

@@ -1,4 +1,4 @@
-"""Chooses configurations from compiled resources alone, by a rule that is written down here.
+"""Searches all tiles for the configurations that compile well, by a rule that is written down here.
 
 Of all tiles, warps and stages, those are legal whose kernel keeps the limits of its target: it does not spill, its
 memory fits, its products are matrix instructions that do not wait for each other, and so for every variant that may
@@ -24,6 +24,7 @@ SIZES = (16, 32, 64, 128)
 WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
 TIE = 0.02
+_STEP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +96,12 @@ def variants(place: Place) -> list[str]:
     """What may run with a row: its variants, the main one first."""
     main = tiled.MAIN[place.kind]
     some = [v for v in tiled.VARIANTS_OF[place.kernel] if tiled.VARIANTS[v][0] == place.kind and v != main]
-    if place.itemsize != 4:
+    if place.arch != "sm_90":
+        some = []  # elsewhere a variant may spill
+    elif place.itemsize == 4:
+        some = [v for v in some if v == "tf32"]
+    else:
         some = [v for v in some if v != "tf32"]
-    if place.arch == "gfx942":
-        some = [v for v in some if v not in ("polynomial", "tf32")]
     return [main, *some]
 
 
@@ -166,31 +169,29 @@ def best(place: Place, memories: Sequence[Memory], *, workers: int | None = None
     some = candidates(place)
     found: list[Found] = []
     spilling: list[Found] = []
-    step = 4
-    for start in range(0, len(some), step):
-        batch = some[start : start + step]
-        bounds = [_bound(place, c) for c in batch]
-        if found and min(bounds) > min(f.cycles for f in found) * (1 + TIE):
-            break
+    refused: list[Found] = []
+    for start in range(0, len(some) + 1, _STEP):
+        batch = some[start : start + _STEP]
+        beaten = min((_bound(place, c) for c in batch), default=float("inf")) / (1 + TIE)
+        for one in _by_rule(found):
+            if one.cycles > beaten:
+                break  # what is left may be better
+            if all(not legal(m) for memory in memories for m in _others(place, one.config, memory, workers)):
+                return one, ""
+            found.remove(one)
+            refused.append(one)
         fine = batch
         for memory in memories:
             made = memory.compile([case(place, c) for c in fine], workers=workers)
             if memory is memories[0]:
-                spilling += [
-                    _found(place, c, m) for c, m in zip(fine, made, strict=True)
-                    if m.compiled is not None and not list(rules_broken(_forgiven(m)))
-                ]  # fmt: skip
+                spilling += [_found(place, c, m) for c, m in zip(fine, made, strict=True) if _only_spills(m)]
             fine = [c for c, m in zip(fine, made, strict=True) if not legal(m)]
         found += [f for f in spilling if f.config in fine]
-    for one in _by_rule(found):
-        if all(not legal(m) for memory in memories for m in _others(place, one.config, memory, workers)):
-            return one, ""
-    if found:
-        one = next(iter(_by_rule(found)))
-        return one, "a variant of it spills"
+    if refused:
+        return _by_rule(refused)[0], "a variant of it spills"
     if spilling:
-        one = min(spilling, key=lambda f: (f.made.compiled.spilled if f.made.compiled else 0, f.cycles))
-        return one, f"every tile spills; this one least, {one.made.compiled.spilled if one.made.compiled else 0} bytes"
+        one = min(spilling, key=lambda f: (_spilled(f), f.cycles))
+        return one, f"every tile spills; this one least, {_spilled(one)} bytes"
     return None, "nothing compiles within the limits"
 
 
@@ -215,9 +216,14 @@ def _found(place: Place, config: Config, made: Made) -> Found:
     return Found(config, made, cycles)
 
 
-def _forgiven(made: Made) -> Made:
-    """The same result if it were allowed to spill."""
-    return replace(made, case=replace(made.case, may_spill="as an exception"))
+def _spilled(found: Found) -> int:
+    return 0 if found.made.compiled is None else found.made.compiled.spilled
+
+
+def _only_spills(made: Made) -> bool:
+    """Whether nothing but spills may be wrong with a result."""
+    forgiven = replace(made, case=replace(made.case, may_spill="as an exception"))
+    return made.compiled is not None and not list(rules_broken(forgiven))
 
 
 def _bound(place: Place, config: Config) -> float:

@@ -15,7 +15,7 @@ _TERMS = {"slopes": "fp32", "table": "fp32", "pair": "data", "block": "fp32"}
 _SHARED = _INPUTS | _INDEX | _TERMS
 _BACKWARD = _SHARED | {"dout": "data", "lse": "fp32", "delta": "fp32", "skipped": "u8"}
 _FLOATS = frozenset({"scale", "softcap", "keep_scale", "floor"})
-_STRIDES = r"s[qkvdo][bhn]"
+_STRIDES = r"s[qkvdx][bhn]"
 
 
 def _kernel(name: str, pointers: Mapping[str, str], floats: frozenset[str] = _FLOATS) -> Kernel:
@@ -26,7 +26,7 @@ KERNELS = (
     _kernel("forward", _SHARED | {"out": "data", "lse": "fp32", "sink": "fp32"}),
     _kernel("rows_backward", _BACKWARD | {"dq": "data", "ds": "fp32"}),
     _kernel("keys_backward", _BACKWARD | {"dk": "data", "dv": "data"}),
-    _kernel("row_products", {"dout": "data", "out": "data", "delta": "fp32"}, frozenset()),
+    _kernel("row_products", {"x": "data", "y": "data", "out": "fp32"}, frozenset()),
 )
 """See ``registry.Kernel``."""
 
@@ -37,7 +37,8 @@ EVERYTHING: dict[str, Constant] = {
 """All options at once, which no call wants: what compiles so without spilling does with any part of it. Neighbours in a
 row of pair values lie side by side, so their stride is a constant to the compiler."""
 
-_OFF: dict[str, Constant] = dict.fromkeys(EVERYTHING, 0) | {
+_OFF: dict[str, Constant] = {
+    **dict.fromkeys(EVERYTHING, 0),
     "FAST": 1, "PACK": 1, "IDS": 0, "IDS_MASKED": 0, "WEIGHT": "softmax", "EXP": 0, "RESCALE": 0, "PERSISTENT": 0,
     "WHAT": 0, "PRECISION": "ieee",
 }  # fmt: skip
@@ -54,6 +55,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Constant]]] = {
     "rescale": ("plain", {"RESCALE": 8}),
     "persistent": ("plain", {"PERSISTENT": 1}),
     "tf32": ("plain", {"PRECISION": "tf32"}),
+    "pair": ("general", _BIASED | {"PAIR": 2, "pair_k": 1}),
     "relative": ("general", _BIASED | {"RELATIVE": 1}),
     "skip": ("general", {"SKIP": 1}),
     "cap": ("general", _BIASED | {"SOFTCAP": 1}),
@@ -63,13 +65,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Constant]]] = {
     "sigmoid": ("general", _BIASED | {"WEIGHT": "sigmoid"}),
     "gaussian": ("general", _BIASED | {"WEIGHT": "gaussian"}),
     "everything": ("heavy", EVERYTHING),
-    "pair": ("heavy", _BIASED | {"PAIR": 1, "pair_k": 1}),
     "all sums": ("heavy", EVERYTHING | {"WHAT": 1}),
     "strip": ("heavy", EVERYTHING | {"WHAT": 2}),
 }
 """What a case switches on: the kind of configuration it runs with, and the constants that differ from plain."""
 
-MAIN = {"plain": "plain", "general": "relative", "heavy": "everything"}
+MAIN = {"plain": "plain", "general": "pair", "heavy": "everything"}
 """The variant that stands for a kind."""
 
 VARIANTS_OF = {
@@ -82,7 +83,9 @@ VARIANTS_OF = {
 }  # fmt: skip
 """Variants that the launcher can ask of each kernel."""
 
-_QUICK_ON_90 = ("plain", "relative", "skip", "everything")
+_EXACT = "float32 products run on the plain units, whose operands lie in registers"
+
+_QUICK_ON_90 = ("plain", "pair", "skip", "everything")
 
 
 def constants(kernel: str, width: int, variant: str, config: Config) -> dict[str, Constant]:
@@ -142,14 +145,14 @@ def case(kernel: str, arch: str, dtype: str, width: int, variant: str, config: C
     """
     fixed = constants(kernel, width, variant, config)
     # float32 products are exact only on the plain arithmetic units; fewer than 64 rows fill no warp group
-    rows = fixed.get("COLS" if kernel == "keys_backward" else "ROWS", 0)
+    rows = fixed.get("BN" if kernel == "keys_backward" else "ROWS", 0)
     matrix = kernel != "row_products" and dtype != "fp32" and (arch in ("sm_80", "gfx942") or int(rows) >= 64)
-    more = {"matrix": matrix} | more
+    more = {"matrix": matrix, "may_spill": _EXACT if dtype == "fp32" else "", **more}
     return Case(f"tiled.{kernel}", arch, dtype, width, variant, fixed, config.warps, config.stages, **more)
 
 
 def cases() -> Iterator[Case]:
-    """Every shipped configuration: the main variants everywhere, all variants for 90."""
+    """Every shipped configuration: all variants for 90, the main ones but for heavy calls elsewhere."""
     for kernel in NAMES:
         for arch in ARCHITECTURES:
             for width in WIDTHS:
@@ -160,13 +163,12 @@ def cases() -> Iterator[Case]:
 
 
 def _of_variant(kernel: str, arch: str, width: int, variant: str) -> Iterator[Case]:
-    main = variant in MAIN.values()
-    if not main and arch != "sm_90":
+    if arch != "sm_90" and variant not in (MAIN["plain"], MAIN["general"]):
         return
     kind = VARIANTS[variant][0]
-    dtypes = ["fp32"] if variant == "tf32" else ["bf16", "fp32"] if main else ["bf16"]
+    dtypes = ["fp32"] if variant == "tf32" else ["bf16"]
     if variant == "plain" and arch == "sm_90":
-        dtypes.append("fp16")
+        dtypes += ["fp16", "fp32"]
     for dtype in dtypes:
         config = choose(kernel, arch, width, 4 if dtype == "fp32" else 2, kind)
         quick = dtype == "bf16" and (variant == "plain" or (arch == "sm_90" and variant in _QUICK_ON_90))

@@ -110,7 +110,9 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     given["SINK"] = p.sink is not None and not late
     # the interpreter knows no assembly
     exp = 0 if interpreted() and config.exp > 1 else config.exp
-    given |= {"EXP": exp, "RESCALE": config.rescale, "PERSISTENT": config.persistent > 0}
+    # skipping compares with the true maximum
+    rescale = 0 if p.skip_threshold else config.rescale
+    given |= {"EXP": exp, "RESCALE": rescale, "PERSISTENT": config.persistent > 0}
     call.launch(_kernels().forward, min(turn or len(work), len(work)), given)
     if late:
         wider = torch.logaddexp(lse, sink[:, None])
