@@ -342,6 +342,8 @@ def test_programs_that_take_rows_in_turn_get_equal_shares(mask, workers):
     assert dealt.sum() == flat.sum()
     assert dealt.max() <= plain.max()
     assert np.ptp(dealt) <= flat.max()
+    if workers < 10:  # several rounds, in which the first in turn would always get the longest
+        assert np.ptp(dealt) < np.ptp(plain)
 
 
 def test_the_kernels_take_rows_in_that_order():

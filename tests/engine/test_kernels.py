@@ -265,6 +265,18 @@ def test_terms_of_one_kind_add_up(device, generator):
         agree(draw(generator), Causal(), FULL, device, leaves=kept, build=build, scale=-0.4)
 
 
+def test_batch_entries_have_their_own_biases_and_positions(device, generator):
+    leaves = {"pair": normal(generator, 2, 1, 20, 40), "block": normal(generator, 2, 1, 2, 2)}
+    q_pos, k_pos = (torch.randint(0, 50, (2, n), generator=generator).to(device) for n in (20, 40))
+
+    def build(pair, block):
+        return {"bias": Pair(pair) + PerBlock(block, (16, 24)) + ALiBi(torch.full((2,), 0.1).to(pair))}
+
+    with tiles(32, 32, device):
+        options = {"leaves": leaves, "build": build, "positions": (q_pos, k_pos), "dropout_p": 0.3, "seed": 5}
+        agree(draw(generator, 20, 40, batch=2), Causal(), FULL, device, **options)
+
+
 def test_terms_that_do_not_add_up_are_refused(device):
     q = torch.ones(1, 2, 37, 8, device=device)
     two = Relative(torch.ones(2, 5)) + Relative(torch.ones(1, 7))
