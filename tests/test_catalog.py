@@ -89,3 +89,8 @@ def test_a_system_without_evidence_is_planned():
 def test_an_unknown_system_suggests_the_nearest():
     with pytest.raises(ValueError, match="unknown system 'paking': did you mean 'packing'"):
         catalog.entry("paking")
+
+
+def test_a_system_with_parts_unbuilt_does_not_work():
+    found = catalog.entry("fa4")
+    assert not found.missing and found.unbuilt and found.state == "planned"

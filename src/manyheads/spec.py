@@ -274,18 +274,22 @@ class Evidence(NamedTuple):
         slug: Its slug in the catalogue.
         table: From the number of a check to the ids of the tests that hold it.
         object: Dotted path of what a user imports.
+        unbuilt: Parts of the system that do not exist yet, in words; while there are any it does not count as working.
     """
 
     slug: str
     table: Mapping[int, tuple[str, ...]]
     object: str
+    unbuilt: tuple[str, ...] = ()
 
 
 _EVIDENCE: dict[str, Evidence] = {}
 _REGISTERED: dict[str, Spec] = {}
 
 
-def evidence(slug: str, table: Mapping[int, str | Iterable[str]], *, object: str) -> Evidence:
+def evidence(
+    slug: str, table: Mapping[int, str | Iterable[str]], *, object: str, unbuilt: Iterable[str] = ()
+) -> Evidence:
     """Registers which tests hold the numbered checks of a system that has no :class:`Spec`.
 
     Call it in a module named ``evidence`` beside the code: the catalogue imports those modules and no others.
@@ -294,6 +298,7 @@ def evidence(slug: str, table: Mapping[int, str | Iterable[str]], *, object: str
         slug: Slug of the system in the catalogue.
         table: From the number of a check to one test id or several.
         object: Dotted path of what a user imports, such as ``"manyheads.method.packing"``.
+        unbuilt: Parts that do not exist yet, in words. A system that lacks parts does not work, whatever its checks.
 
     Returns:
         What was registered.
@@ -305,7 +310,7 @@ def evidence(slug: str, table: Mapping[int, str | Iterable[str]], *, object: str
         >>> evidence("packing", {1: "test_packing::test_each_once"}, object="manyheads.method.packing").slug
         'packing'
     """
-    _EVIDENCE[slug] = Evidence(slug, _test_ids(table), object)
+    _EVIDENCE[slug] = Evidence(slug, _test_ids(table), object, tuple(unbuilt))
     return _EVIDENCE[slug]
 
 

@@ -33,6 +33,7 @@ class Entry:
         object: Dotted path of what a user imports, or None while there is nothing.
         checks: What has to hold, in short words; check ``n`` is ``checks[n - 1]``.
         evidence: From the number of a check to the ids of the tests that hold it, existing tests only.
+        unbuilt: Parts that do not exist yet, in words, where more than checks are missing.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Entry:
     object: str | None
     checks: tuple[str, ...]
     evidence: Mapping[int, tuple[str, ...]]
+    unbuilt: tuple[str, ...] = ()
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -50,8 +52,8 @@ class Entry:
 
     @property
     def state(self) -> Literal["works", "planned"]:
-        """``"works"`` when every check has a test, else ``"planned"``."""
-        return "planned" if self.missing else "works"
+        """``"works"`` when every check has a test and every part exists, else ``"planned"``."""
+        return "planned" if self.missing or self.unbuilt else "works"
 
 
 def entries() -> tuple[Entry, ...]:
@@ -65,15 +67,16 @@ def entries() -> tuple[Entry, ...]:
     out = []
     for number, slug, title, home, checks in _systems():
         named: Mapping[int, object] = {}
-        target = None
+        target: str | None = None
+        unbuilt: tuple[str, ...] = ()
         if slug in specs:
             named, fn = specs[slug].evidence, specs[slug].fn
             target = f"{fn.__module__}.{fn.__qualname__}"
         elif slug in tables:
-            named, target = tables[slug].table, tables[slug].object
+            named, target, unbuilt = tables[slug].table, tables[slug].object, tables[slug].unbuilt
         held = {n: _existing(ids) for n, ids in named.items() if isinstance(ids, tuple) and n <= len(checks)}
         proof = MappingProxyType({n: ids for n, ids in sorted(held.items()) if ids})
-        out.append(Entry(number, slug, title, home, target, checks, proof))
+        out.append(Entry(number, slug, title, home, target, checks, proof, unbuilt))
     return tuple(out)
 
 

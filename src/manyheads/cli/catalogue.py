@@ -50,4 +50,5 @@ def _plain(entry: catalog.Entry) -> dict[str, Any]:
         "checks": list(entry.checks),
         "evidence": {str(number): list(ids) for number, ids in entry.evidence.items()},
         "missing": list(entry.missing),
+        "unbuilt": list(entry.unbuilt),
     }

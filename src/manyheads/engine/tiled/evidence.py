@@ -19,4 +19,5 @@ evidence(
         7: "test_fa4::test_rows_that_see_nothing_give_zero_and_minus_infinity",
     },
     object="manyheads.engine.tiled",
+    unbuilt=("split keys with their combination", "paged keys", "the model of shared-memory cycles"),
 )
