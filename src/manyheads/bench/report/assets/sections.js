@@ -46,7 +46,8 @@ function targetGroup(promise, items, only, open) {
   if (!wanted.length) return null;
   const met = items.filter(({ row }) => row.verdict === "met").length;
   const marks = items.map(({ row }) => el("i", { class: row.verdict.replace(/ /g, "-") }));
-  const tone = met === items.length ? "met" : "missed";
+  const measured = items.filter(({ row }) => row.measured !== undefined).length;
+  const tone = met === items.length ? "met" : measured ? "missed" : "unmeasured";
   const head = ["", "measured", "target", "how far", "verdict", "note"];
   const table = el(
     "table",
@@ -55,7 +56,8 @@ function targetGroup(promise, items, only, open) {
     el("tbody", {}, ...wanted.map((item) => targetLine(item, promise))),
   );
   const strip = el("span", { class: "strip", "aria-hidden": "true" }, ...marks);
-  const score = items.length > 1 || items[0].row.measured === undefined ? `${met} of ${items.length} met` : `${found(items[0].row)}, target ${asked(items[0].row)}`;
+  const single = `${found(items[0].row)}, target ${asked(items[0].row)}`;
+  const score = !measured ? "not measured" : items.length > 1 ? `${met} of ${items.length} met` : single;
   const title = el("summary", {}, el("span", { class: "promise" }, promise), strip, el("span", { class: `score ${tone}` }, score));
   return el("details", { class: "group", open }, title, el("div", { class: "scroll" }, table));
 }
