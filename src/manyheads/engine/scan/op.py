@@ -5,13 +5,13 @@ The state crosses it as one matrix ``(B, H, D, E)`` whose last column is the sum
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...common.errors import UnsupportedError
+from ..autocast import casting
 from . import blocked, check, reference
 from .problem import Problem, accumulate, starts_of
 
@@ -132,22 +132,6 @@ def _no_vmap(info: Any, in_dims: Any, *args: Any) -> None:
     raise UnsupportedError("scan: torch.vmap is not supported; batch and heads are dimensions of q, k and v already")
 
 
-def _autocast(device: str) -> Callable[..., tuple[Tensor, ...]]:
-    """Queries, keys and values in the dtype of the surrounding autocast, everything else as it came."""
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-
-    def cast(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            if q.dtype != torch.float64:
-                q, k, v = (t.to(dtype) for t in (q, k, v))
-            return op(q, k, v, *args)
-
-    return cast
-
-
-_library.impl("scan", _autocast("cpu"), "AutocastCPU")
-_library.impl("scan", _autocast("cuda"), "AutocastCUDA")
 _library.impl("scan", _forward, "CompositeExplicitAutograd")
 _library.impl("scan_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("manyheads::scan", _fake_forward)
@@ -156,3 +140,5 @@ _library.impl("scan", _record, "Autograd")
 torch.library.register_autograd("manyheads::scan_backward", _no_second)
 torch.library.register_vmap("manyheads::scan", _no_vmap)
 op = torch.ops.manyheads.scan.default
+_library.impl("scan", casting("cpu", op), "AutocastCPU")
+_library.impl("scan", casting("cuda", op), "AutocastCUDA")

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -210,28 +210,6 @@ def choose(kernel: str, arch: str, width: int, itemsize: int, kind: str) -> Conf
     """
     key = (kernel, arch, next(w for w in WIDTHS if width <= w), itemsize, kind)
     return _instead[key] if key in _instead else table()[key]
-
-
-def for_tile(kernel: str, arch: str, width: int, itemsize: int, kind: str, tile: tuple[int, int]) -> Config | None:
-    """The configuration for a layout whose tile somebody else chose.
-
-    Args:
-        kernel, arch, width, itemsize, kind: As for :func:`choose`.
-        tile: Queries and keys of its tiles.
-
-    Returns:
-        The row of the table with this tile, if it lies inside the row's own: registers and shared memory then only
-        shrink. None if it does not; cut the tiles first.
-
-    Example:
-        >>> row = choose("forward", "sm_90", 128, 2, "plain")
-        >>> for_tile("forward", "sm_90", 128, 2, "plain", (1, 16)).warps == row.warps
-        True
-        >>> for_tile("forward", "sm_90", 128, 2, "plain", (256, 256)) is None
-        True
-    """
-    row = choose(kernel, arch, width, itemsize, kind)
-    return replace(row, bm=tile[0], bn=tile[1]) if tile[0] <= row.bm and tile[1] <= row.bn else None
 
 
 def kind_of(plain: bool, features: int, pair: bool = False) -> str:

@@ -171,10 +171,11 @@ def _delta(p: Problem, rows: _Call, out: Tensor, lse: Tensor, dlse: Tensor | Non
         width = dout.shape[3]
         n = lse.numel()
         out = out.to(dout.dtype).contiguous()
-        kernel[(-(-n // 64),)](
-            dout, out, delta, *dout.stride()[:3], n, lse.shape[1], lse.shape[2],
-            WIDTH=width, PADDED=_padded(width), ROWS=64,
-        )  # fmt: skip
+        with _on(lse.device):
+            kernel[(-(-n // 64),)](
+                dout, out, delta, *dout.stride()[:3], n, lse.shape[1], lse.shape[2],
+                WIDTH=width, PADDED=_padded(width), ROWS=64,
+            )  # fmt: skip
     if dlse is not None:
         delta = delta - dlse.to(delta.dtype)
     return delta.masked_fill(lse == -math.inf, 0.0)  # whatever came in for rows that see nothing

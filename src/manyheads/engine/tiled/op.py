@@ -6,7 +6,7 @@ Masks and layouts cross it as text and tensors, so a compiler never meets them a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ...mask.base import Mask
 from ...mask.build import build
 from ...mask.layout import TileLayout
 from ...mask.text import parse
+from ..autocast import casting
 from . import bias as biases
 from . import blocked, launch, reference
 from .plan import cheapest
@@ -191,22 +192,6 @@ def _no_vmap(info: Any, in_dims: Any, *args: Any) -> None:
     raise UnsupportedError("tiled: torch.vmap is not supported; batch and heads are dimensions of q, k and v already")
 
 
-def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Queries, keys and values in the dtype of the surrounding autocast, everything else as it came."""
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-
-    def cast(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            if q.dtype != torch.float64:
-                q, k, v = (t.to(dtype) for t in (q, k, v))
-            return op(q, k, v, *args)
-
-    return cast
-
-
-_library.impl("tiled", _autocast("cpu"), "AutocastCPU")
-_library.impl("tiled", _autocast("cuda"), "AutocastCUDA")
 _library.impl("tiled", _forward, "CompositeExplicitAutograd")
 _library.impl("tiled_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("manyheads::tiled", _fake_forward)
@@ -215,6 +200,8 @@ _library.impl("tiled", _record, "Autograd")
 torch.library.register_autograd("manyheads::tiled_backward", _no_second)
 torch.library.register_vmap("manyheads::tiled", _no_vmap)
 op = torch.ops.manyheads.tiled.default
+_library.impl("tiled", casting("cpu", op), "AutocastCPU")
+_library.impl("tiled", casting("cuda", op), "AutocastCUDA")
 
 
 def call_plain(
