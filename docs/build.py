@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from manyheads.common import rope  # noqa: E402
 
 BEGIN, END = "<!-- generated: features -->", "<!-- end of generated -->"
 BEGIN_ERRORS = "<!-- generated: errors of the model -->"
+BEGIN_QUALITY = "<!-- generated: quality -->"
 NOTE = "<!-- Written by docs/build.py from docstrings and declarations; run `make docs`. -->"
 COLUMNS = (
     ("self", ("noncausal_self",)),
@@ -81,6 +83,36 @@ def errors() -> str:
         lines += [f"| {what} | {n} | {a:.2f} | {b:.2f} | {c:.2f} |" for what, n, a, b, c in fit.error_table(checks)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def quality() -> str:
+    """The page on quality with its tables of scores and claims renewed."""
+    return _renewed("docs/quality.md", BEGIN_QUALITY, scores())
+
+
+def scores() -> str:
+    """Scores by task and mechanism of the newest committed run of the suite, and what became of the claims."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("*-quality-quick.jsonl"))
+    if not files:
+        return "No run is committed."
+    results = store.read(files[-1])
+    trained = [row for row in results.rows if row.phase == "train" and row.score is not None]
+    env = results.header.get("environment", {})
+    lines = [f"`{files[-1].name}`, on {env.get('cpu_model', 'a CPU')} with torch {env.get('torch')}.\n"]
+    lines += ["| task | mechanism | mean | range of seeds | chance | parameters |", "|---|---|---|---|---|---|"]
+    for key in dict.fromkeys((row.task, row.provider) for row in trained):
+        some = [row for row in trained if (row.task, row.provider) == key]
+        found, one = [row.score or 0.0 for row in some], some[0]
+        lines.append(
+            f"| {one.task}, {one.score_unit} | {one.provider} | {statistics.fmean(found):.3f} "
+            f"| {min(found):.3f} to {max(found):.3f} | {one.chance:.3g} | {one.parameters:,} |"
+        )
+    lines += ["", "| claim | smallest lead | |", "|---|---|---|"]
+    for row in results.rows:
+        if row.bar is not None:
+            lead = "" if row.measured is None else f"{row.measured:+.3f}"
+            lines.append(f"| {row.bar.removeprefix('quality, ')} | {lead} | {row.verdict} |")
+    return "\n".join(lines)
 
 
 def _renewed(name: str, begin: str, made: str) -> str:
@@ -197,6 +229,7 @@ OUTPUTS: dict[str, Callable[[], str]] = {
     "README.md": readme,
     "docs/advise.md": advice,
     "docs/gallery.md": gallery,
+    "docs/quality.md": quality,
     "docs/reference.md": reference,
 }
 

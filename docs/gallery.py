@@ -137,7 +137,7 @@ def picture(found: spec.Spec) -> str:
     seen = (weights[0, 0] != 0).tolist()
     if all(map(all, seen)):
         return ""
-    options = ", ".join(f"{name}={value!r}" for name, value in case.options.items() if value not in (None, False))
+    options = ", ".join(f"{name}={value!r}" for name, value in case.options.items() if value is not None and value is not False and not isinstance(value, torch.Tensor))
     return f"\n\nWhat it weighs{f' with `{options}`' if options else ''}:\n" + _drawn(seen)
 
 

@@ -70,6 +70,7 @@ def typical():
     from manyheads.common.rope import RoPE
     from manyheads.engine.tiled import tiled
     from manyheads.integration.transformers import attention_function
+    from manyheads.mechanism.regression import ridge_regression
     from manyheads.spec import Size, registry
 
     for slug, spec in registry().items():
@@ -81,6 +82,8 @@ def typical():
                 options = case.options | ({"return_lse": True} if spec.declares("lse") else {})
                 yield f"{slug} {what}", functools.partial(spec.fn, *case[:3], **options)
                 yield f"{slug} {what} by its reference", functools.partial(spec.reference, *case[:3], **options)
+        if spec.step is not None:
+            yield f"{slug} step", functools.partial(stepped, spec, spec.inputs(Size(heads=6, causal=True)))
     q, k, v = testing.sample_qkv(2, 6, 5, kv_heads=2, keys=9, value_width=4, seed=0)
     padding, sink = torch.ones(2, 9, dtype=torch.bool), torch.zeros(6)
     some = {"mask": "causal", "key_padding": padding, "sink": sink, "scale": 1, "bias": mh.ALiBi(sink)}
@@ -96,6 +99,50 @@ def typical():
     yield "budget", functools.partial(testing.assert_within_budget, q, q.double(), q)
     yield "rope", functools.partial(RoPE(), q, torch.arange(5))
     yield "transformers", functools.partial(attention_function, torch.nn.Module(), q, k, v, None)
+    yield from features()
+    yield from gated()
+    yield "ridge", functools.partial(ridge_regression, *testing.sample_qkv(2, 6, 5, kv_heads=2, keys=9), ridge=1.0)
+
+
+def features():
+    """Calls of feature maps and what is made of them."""
+    from manyheads import testing
+    from manyheads.common.features import FeatureMap, Positive, gaussian, orthogonal
+    from manyheads.mechanism.linear import Performer
+    from manyheads.mechanism.linear.taylor import weights
+
+    q, k, v = testing.sample_qkv(2, 6, 5, kv_heads=2, width=4, seed=0)
+    core = Performer(4, 7)
+    yield "core", functools.partial(core, q, k, v, mask="causal")
+    yield "step of a core", functools.partial(core.step, q[:, :, 0], k[:, :, 0], v[:, :, 0])
+    yield "identity", functools.partial(FeatureMap(), q)
+    for draw in (gaussian, orthogonal):
+        yield draw.__name__, functools.partial(draw, 7, 4)
+        yield f"features of {draw.__name__} rows", functools.partial(Positive(draw(7, 4)), q)
+    yield "weights", functools.partial(weights, q, (0, 2))
+
+
+def gated():
+    """Calls of the parts of gated recurrences."""
+    from manyheads.engine.scan.elementwise import elementwise
+    from manyheads.mechanism.linear.gated_delta import gates, unit_length
+    from manyheads.mechanism.linear.natsl import choose, gated_norm, split_channels
+
+    x, mix = torch.rand(2, 3, 5, 4), torch.rand(2, 3, 5, 2)
+    yield "elementwise", functools.partial(elementwise, x, x, x[:, :, 0])
+    yield "unit length", functools.partial(unit_length, x)
+    yield "gates", functools.partial(gates, x, x, x[0, 0, 0], x[0, 0, 1])
+    yield "choose", functools.partial(choose, mix)
+    yield "gated norm", functools.partial(gated_norm, x, x, mix=mix, gate=x)
+    yield "channels", functools.partial(split_channels, x, 2)
+
+
+def stepped(spec, case):
+    """Takes the first two tokens of a call one after the other."""
+    from tests.conformance.harness import step
+
+    _, state = step(spec, case, 0, None)
+    return step(spec, case, 1, state)
 
 
 def wrong():

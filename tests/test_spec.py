@@ -9,7 +9,7 @@ import torch
 
 from manyheads import spec as specs
 from manyheads.common.errors import UnsupportedError
-from manyheads.spec import Size, Spec, qkv
+from manyheads.spec import Size, Spec, drawn, qkv
 
 
 def make(**changes):
@@ -35,6 +35,9 @@ def make(**changes):
         ({"backends": ("block",)}, "unknown backend 'block': did you mean 'blocked'"),
         ({"invariances": ("pack",)}, "unknown invariance"),
         ({"axes": {"kernels": "exp"}}, "unknown axis 'kernels': did you mean 'kernel'"),
+        ({"gates": {"decay": "BHT"}}, "unknown axis letter of gate 'decay' 'T'"),
+        ({"supports": {"decode"}}, "step: 'decode' is declared"),
+        ({"step": print}, "step: it is given, but 'decode' is not declared"),
         ({"evidence": {0: "test_a::test_b"}}, "check numbers from 1"),
         ({"evidence": {1: "test_a.test_b"}}, "expected 'test_file::test_name'"),
     ],
@@ -50,8 +53,15 @@ def test_what_is_called_must_be_callable(name):
         make(**{name: 3})
 
 
+def test_a_step_must_be_callable():
+    with pytest.raises(TypeError, match="step: expected a callable or None, got int"):
+        make(step=3, supports={"decode"})
+
+
 def test_a_declaration_cannot_change():
-    spec = make(evidence={1: "test_a::test_b"}, axes={"kernel": "exp"})
+    spec = make(evidence={1: "test_a::test_b"}, axes={"kernel": "exp"}, gates={"decay": "BHN"})
+    with pytest.raises(TypeError):
+        spec.gates["beta"] = "BHN"
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.slug = "other"
     with pytest.raises(TypeError):
@@ -115,6 +125,22 @@ def test_inputs_have_the_size_that_was_asked_for():
     assert case.q.shape == (3, 6, 5, 4) and case.k.shape == (3, 2, 9, 4) and case.v.shape == (3, 2, 9, 7)
     assert case.q.dtype == torch.bfloat16
     assert case.options == {"mask": "causal", "keep": 3}
+
+
+def test_gates_are_drawn_alike_for_one_seed_and_differ_by_salt():
+    size = Size(batch=3, heads=4, kv_heads=2, queries=5, keys=9, width=6, value_width=7, seed=3)
+    assert drawn("BHNQDEG")(size).shape == (3, 4, 9, 5, 6, 7, 2)
+    assert torch.equal(drawn("BHN")(size), drawn("BHN")(size))
+    assert not torch.equal(drawn("BHN")(size), drawn("BHN", salt=1)(size))
+    with pytest.raises(ValueError, match="unknown axis letter 'T'"):
+        drawn("BT")
+
+
+def test_gates_stay_float32_in_half_precision_unless_told():
+    half = Size(dtype=torch.bfloat16)
+    assert drawn("H", torch.sigmoid)(half).dtype == torch.float32
+    assert drawn("H", wide=False)(half).dtype == torch.bfloat16
+    assert drawn("H")(Size(dtype=torch.float64)).dtype == torch.float64
 
 
 def test_the_registry_holds_what_lies_in_the_mechanism_folder():

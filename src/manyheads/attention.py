@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from .common import scopes
 from .common.errors import UnsupportedError
 from .dispatch import BACKENDS, Explanation, checked, choose, explain, key_of, remember, runners, sdpa_runner
 from .engine.result import Attn
@@ -134,8 +135,7 @@ def attention(
     Conventions:
         ``Causal`` is bottom-right aligned when ``Nq != Nk``; ``Window(W)`` counts the query itself; scores and
         statistics are float32 whatever the input dtype. DTensors sharded on batch or heads give DTensors sharded
-        alike, each rank with its part of masks, biases, sinks and positions; shards of tokens are refused, and so
-        is dropout on shards.
+        alike, each rank with its part of masks, biases, sinks and positions; shards of tokens are refused.
 
     Example:
         >>> import manyheads as mh
@@ -146,6 +146,11 @@ def attention(
         [7, 15, 22, 30, 37, 44]
     """
     key = None
+    if scopes.active:
+        return scopes.active[-1].attend(
+            q, k, v, mask=mask, scale=scale, bias=bias, softcap=softcap, sink=sink, dropout_p=dropout_p,
+            generator=generator, positions=positions, key_padding=key_padding, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     if (
         bias is None
         and softcap is None
@@ -220,6 +225,7 @@ def attention_weights(
         >>> mh.attention_weights(q, k, mask="causal", rows=[1])[0, 0].tolist()
         [[0.5, 0.5, 0.0, 0.0]]
     """
+    scopes.refuse_inside("attention_weights")
     call = checked(q, k, k, mask, scale, bias, softcap, sink, 0.0, positions, key_padding, False)
     if call.sharded:
         raise UnsupportedError("attention_weights: DTensors are not supported; gather q and k with full_tensor()")

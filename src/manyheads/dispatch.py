@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .common import checks
+from .common import checks, scopes
 from .common.errors import UnsupportedError, unknown
 from .common.tracing import constant
 from .engine.result import Attn
@@ -104,6 +104,11 @@ def explain(
         >>> print(str(mh.explain(q, q, q, mask="window(8)")).splitlines()[0])
         sdpa: refused
     """
+    if scopes.active:
+        return scopes.active[-1].explain(
+            q, k, v, mask=mask, scale=scale, bias=bias, softcap=softcap, sink=sink, dropout_p=dropout_p,
+            positions=positions, key_padding=key_padding, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     call = checked(q, k, v, mask, scale, bias, softcap, sink, dropout_p, positions, key_padding, return_lse)
     taken = choose(call, backend)
     refusals = {name: _refusals(name, call) for name in BACKENDS}

@@ -54,6 +54,19 @@ INVARIANCES: Mapping[str, str] = MappingProxyType(
 
 BACKENDS = ("reference", "blocked", "sdpa", "triton")
 AXES = ("carrier", "kernel", "estimator", "execution")
+LETTERS: Mapping[str, str] = MappingProxyType(
+    {
+        "B": "batch",
+        "H": "query heads",
+        "G": "key heads",
+        "N": "tokens of keys",
+        "Q": "tokens of queries",
+        "D": "width of queries and keys",
+        "E": "width of values",
+    }
+)
+"""Axes that a gate may have, in the notation of ``Spec.gates``."""
+
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -134,6 +147,69 @@ def qkv(**options: Any) -> Callable[[Size], Case]:
     return inputs
 
 
+def drawn(
+    axes: str, through: Callable[[Tensor], Tensor] | None = None, *, salt: int = 0, wide: bool = True
+) -> Callable[[Size], Tensor]:
+    """Builds a gate for :func:`qkv`: normal numbers over some axes, through a function.
+
+    Args:
+        axes: Letters out of ``LETTERS``, such as ``"BHN"``.
+        through: Makes a gate of standard normal numbers (float64), such as ``logsigmoid``; the identity by default.
+        salt: Gates of one case with the same axes take different numbers, to be drawn differently.
+        wide: Keep float32 where queries are in half precision, as log decays want.
+
+    Returns:
+        A function from a :class:`Size` to the tensor, the same for the same seed.
+
+    Raises:
+        ValueError: A letter that does not exist.
+
+    Example:
+        >>> case = qkv(decay=drawn("BHN", torch.nn.functional.logsigmoid))(Size(queries=5))
+        >>> case.options["decay"].shape, bool((case.options["decay"] < 0).all())
+        (torch.Size([2, 2, 5]), True)
+    """
+    _known("axis letter", axes, LETTERS)
+
+    def draw(size: Size) -> Tensor:
+        from manyheads.testing import seed_of_the_day
+
+        seed = seed_of_the_day() if size.seed is None else size.seed
+        generator = torch.Generator().manual_seed((seed << 8) + 1 + salt)
+        shape = [sizes_of(size)[letter] for letter in axes]
+        gate = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        half = size.dtype.itemsize == 2
+        return (gate if through is None else through(gate)).to(
+            size.device, torch.float32 if half and wide else size.dtype
+        )
+
+    return draw
+
+
+def sizes_of(size: Size) -> dict[str, int]:
+    """From each letter of ``LETTERS`` to the length of that axis.
+
+    Args:
+        size: The size of a case.
+
+    Returns:
+        Lengths.
+
+    Example:
+        >>> sizes_of(Size(batch=3, heads=4, kv_heads=2, queries=7))
+        {'B': 3, 'H': 4, 'G': 2, 'N': 7, 'Q': 7, 'D': 16, 'E': 16}
+    """
+    return {
+        "B": size.batch,
+        "H": size.heads,
+        "G": size.heads if size.kv_heads is None else size.kv_heads,
+        "N": size.queries if size.keys is None else size.keys,
+        "Q": size.queries,
+        "D": size.width,
+        "E": size.width if size.value_width is None else size.value_width,
+    }
+
+
 def _no_formula(case: Case) -> int:
     raise NotImplementedError("this mechanism gives no formula")
 
@@ -151,6 +227,12 @@ class Spec:
         supports: Names out of ``CAPABILITIES``, or a mapping from them to booleans.
         hf_name: Its name in Hugging Face transformers, or None; never containing "flash", which
             transformers takes for the name of a downloadable kernel, and no "/".
+        gates: Tensor arguments of ``fn`` beside q, k and v, and their axes as ``LETTERS``: ``{"decay": "BHN"}``.
+            ``inputs`` draws each of them (see :func:`drawn`); the floating ones take gradients where ``backward`` is
+            declared.
+        step: One token: ``step(q (B, H, D), k (B, Hkv, D), v (B, Hkv, Dv), state=None, *, ...) -> (out, state)``, its
+            gates without the token axis. Given exactly when ``decode`` is declared; ``fn`` then takes ``state`` and
+            ``return_state``.
         backends: The backends that it can run on, out of ``BACKENDS``; empty when it takes no ``backend=``.
         invariances: Names out of ``INVARIANCES``.
         axes: Short words for its carrier, kernel, estimator, execution.
@@ -160,8 +242,9 @@ class Spec:
             such as ``"test_exact::test_all_blocks_is_dense"``.
 
     Raises:
-        ValueError: A name that does not exist, a slug or Hugging Face name of the wrong form.
-        TypeError: ``fn``, ``reference``, ``inputs`` and the formulas must be callable.
+        ValueError: A name that does not exist, a slug or Hugging Face name of the wrong form, ``decode`` without a
+            ``step`` or a ``step`` without ``decode``.
+        TypeError: ``fn``, ``reference``, ``inputs``, ``step`` and the formulas must be callable.
 
     Example:
         >>> from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -176,6 +259,8 @@ class Spec:
     paper: str = field(kw_only=True)
     inputs: Callable[[Size], Case] = field(kw_only=True)
     supports: frozenset[str] | Mapping[str, bool] | Iterable[str] = field(kw_only=True)
+    gates: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    step: Callable[..., Any] | None = field(default=None, kw_only=True)
     hf_name: str | None = field(default=None, kw_only=True)
     backends: tuple[str, ...] = field(default=(), kw_only=True)
     invariances: tuple[str, ...] = field(default=(), kw_only=True)
@@ -205,6 +290,14 @@ class Spec:
         _known("invariance", self.invariances, INVARIANCES)
         _known("axis", self.axes, AXES)
         put("axes", MappingProxyType(dict(self.axes)))
+        put("gates", MappingProxyType(dict(self.gates)))
+        for name, letters in self.gates.items():
+            _known(f"axis letter of gate {name!r}", letters, LETTERS)
+        if self.step is not None and not callable(self.step):
+            raise TypeError(f"step: expected a callable or None, got {type(self.step).__name__}")
+        if ("decode" in self.supports) != (self.step is not None):
+            which = "'decode' is declared" if self.step is None else "it is given, but 'decode' is not declared"
+            raise ValueError(f"step: {which}; a mechanism that decodes gives both")
         put("evidence", MappingProxyType(_test_ids(self.evidence)))
 
     def declares(self, capability: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import random
 import warnings
 
 import pytest
@@ -11,16 +13,22 @@ import torch
 
 from manyheads import ALiBi, Attn, Causal, Document
 from manyheads.common.errors import UnsupportedError
-from manyheads.spec import CAPABILITIES, registry
+from manyheads.spec import CAPABILITIES, Case, registry, sizes_of
 from tests.conformance.harness import (
     ALWAYS,
     assert_conforms,
     assert_same,
     base,
+    by_token,
     call,
+    decoders,
+    in_pieces,
+    on_axis,
     pairs,
+    piece,
     plainly,
     results,
+    step,
     takes,
     with_options,
 )
@@ -42,19 +50,24 @@ def promised(spec, invariance):
 @pytest.mark.parametrize(("spec", "backend"), pairs())
 def test_packed_documents_equal_a_loop_over_them(spec, backend, causal, size):
     promised(spec, "packed")
+    if not spec.declares("causal_self" if causal else "noncausal_self"):
+        pytest.skip("declares no order of this kind")
     lengths = [5, 0, 41, 1, 23]
     mask = Document(lengths) & Causal() if causal else Document(lengths)
-    case = spec.inputs(dataclasses.replace(size, batch=1, queries=sum(lengths)))
-    own = "causal" if causal else None
+    case = spec.inputs(dataclasses.replace(size, batch=1, queries=sum(lengths), causal=causal))
+    own = "causal" if causal else "full"
 
     def loop(q, k, v, **options):
-        documents = zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
-        some = [plainly(spec, backend)(*d, **options | {"mask": own}) for d in documents if d[0].shape[2]]
+        ends = list(itertools.accumulate(lengths, initial=0))
+        whole = Case(q, k, v, options | {"mask": own})
+        documents = [piece(spec, whole, *span) for span in itertools.pairwise(ends) if span[0] < span[1]]
+        some = [call(spec, backend, document) for document in documents]
         if isinstance(some[0], Attn):
             return Attn(*(torch.cat(parts, dim=2) for parts in zip(*some, strict=True)))
         return torch.cat(some, dim=2)
 
-    assert_same(spec, with_options(case, mask=mask), {"packed": plainly(spec, backend), "looped": loop})
+    ways = {"packed": plainly(spec, backend), "looped": loop}
+    assert_same(spec, with_options(case, mask=mask), ways, recurrent=by_token(spec, backend))
 
 
 @pytest.mark.parametrize(("spec", "backend"), pairs())
@@ -86,13 +99,70 @@ def test_permuting_permutes_the_result(spec, backend, axis, size, generator):
     order = torch.randperm(case.q.shape[dim], generator=generator).to(size.device)
 
     def permuted(q, k, v, **options):
+        options = on_axis(spec, options, "BH"[dim], lambda gate, at: gate.index_select(at, order))
         got = plainly(spec, backend)(*(t.index_select(dim, order) for t in (q, k, v)), **options)
         back = order.argsort()
         if isinstance(got, Attn):
             return Attn(*(t.index_select(dim, back) for t in got))
         return got.index_select(dim, back)
 
-    assert_same(spec, case, {"permuted": permuted})
+    assert_same(spec, case, {"permuted": permuted}, recurrent=by_token(spec, backend))
+
+
+@pytest.mark.parametrize(("spec", "backend"), pairs())
+def test_pieces_that_carry_the_state_equal_one_call(spec, backend, size, seed):
+    promised(spec, "split")
+    tokens = 90
+    case = spec.inputs(dataclasses.replace(size, queries=tokens, causal=True))
+    draw = random.Random(seed)
+    cut = draw.randint(2, tokens - 2)
+    ways = {
+        "a piece without tokens first": in_pieces(spec, backend, [0, cut]),
+        "pieces of no and one token": in_pieces(spec, backend, [cut, cut, cut + 1]),
+        "many pieces": in_pieces(spec, backend, sorted(draw.sample(range(1, tokens), 6))),
+    }
+    assert_same(spec, case, ways, recurrent=by_token(spec, backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("spec", decoders())
+def test_steps_equal_one_call(spec, dtype, size, seed):
+    tokens = 20
+    case = spec.inputs(dataclasses.replace(size, queries=tokens, dtype=dtype, causal=True))
+    backend = spec.backends[0] if spec.backends else None
+    cut = random.Random(seed).randint(2, tokens - 2)
+    ways = {
+        "steps": in_pieces(spec, backend, [], stepped=True),
+        "a call, then steps": in_pieces(spec, backend, [cut], stepped=True),
+    }
+    assert_same(spec, case, ways, recurrent=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+@pytest.mark.parametrize("spec", decoders())
+def test_steps_keep_shapes_and_dtypes(spec, dtype, size):
+    heads = {"heads": 4, "kv_heads": 2} if spec.declares("gqa") else {}
+    widths = {"value_width": 24} if spec.declares("value_width") else {}
+    case = spec.inputs(dataclasses.replace(size, queries=4, dtype=dtype, causal=True, **heads, **widths))
+    backend = spec.backends[0] if spec.backends else None
+    with torch.no_grad():
+        whole, state = call(spec, backend, case, return_state=True)
+        out, after = step(spec, case, 3, state)
+    assert out.shape == (*case.q.shape[:2], case.v.shape[3]) and out.dtype == whole.dtype == dtype
+    assert type(after) is type(state)
+    for part, old in zip(after, state, strict=True):
+        if isinstance(part, torch.Tensor):
+            assert part.dtype == old.dtype
+
+
+@pytest.mark.parametrize("spec", [pytest.param(s, id=slug) for slug, s in sorted(registry().items()) if s.gates])
+def test_gates_are_drawn_with_the_axes_that_they_declare(spec, size):
+    heads = {"heads": 4, "kv_heads": 2} if spec.declares("gqa") else {}
+    changed = dataclasses.replace(size, batch=3, queries=7, **heads)
+    case = spec.inputs(changed)
+    for name, letters in spec.gates.items():
+        assert takes(spec, name), name
+        assert case.options[name].shape == tuple(sizes_of(changed)[letter] for letter in letters), name
 
 
 @pytest.mark.parametrize(("spec", "backend"), pairs())
@@ -118,7 +188,8 @@ def test_compiles_to_one_graph(spec, backend, size):
     lse = backend is None or backend in ALWAYS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert_same(spec, case, {"compiled": lambda q, k, v, **options: compiled(q, k, v, options)}, lse=lse)
+        ways = {"compiled": lambda q, k, v, **options: compiled(q, k, v, options)}
+        assert_same(spec, case, ways, lse=lse, recurrent=by_token(spec, backend))
 
 
 ASKS = {
@@ -152,6 +223,8 @@ def undeclared():
 def test_what_is_not_declared_is_refused(spec, capability, size):
     changes, options = ASKS[capability]
     case = spec.inputs(dataclasses.replace(size, **changes))
+    if capability == "noncausal_cross" and not spec.declares("noncausal_self"):
+        capability = "(noncausal_self|noncausal_cross|causal_cross)"  # the order alone is reason enough, or the lengths
     with pytest.raises(UnsupportedError, match=f"{spec.slug} does not support {capability}"):
         spec.fn(case.q, case.k, case.v, **case.options | options)
 

@@ -11,7 +11,17 @@ import torch
 
 from manyheads.mask import Document, PerHead, as_mask
 from manyheads.testing import SEED_VARIABLE, nan_poisoned, seed_for
-from tests.conformance.harness import assert_conforms, base, call, pairs, plainly, results, with_options
+from tests.conformance.harness import (
+    assert_conforms,
+    base,
+    call,
+    gates_of,
+    pairs,
+    plainly,
+    results,
+    takes,
+    with_options,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -135,7 +145,7 @@ SCORES = {
 @pytest.mark.parametrize(("spec", "backend"), pairs())
 def test_what_changes_the_scores(spec, backend, options, size):
     (name,) = options
-    if name != "scale" and not spec.declares(name):
+    if not (takes(spec, name) if name == "scale" else spec.declares(name)):
         pytest.skip(f"declares no {name}")
     options = {n: v.to(size.device) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
     case = spec.inputs(dataclasses.replace(size, deviation=4.0))
@@ -162,8 +172,10 @@ def test_views_of_any_strides(spec, backend, size):
     case = spec.inputs(size)
     wide = [torch.cat((t, t.flip(-1)), dim=-1).transpose(1, 2).contiguous().transpose(1, 2) for t in case[:3]]
     views = [w[..., ::2] for w in wide]
+    gates = {name: torch.stack((g, g), dim=-1)[..., 0] for name, g in gates_of(spec, case).items()}
+    views += gates.values()
     assert not any(v.is_contiguous() for v in views)
-    strided = case._replace(q=views[0], k=views[1], v=views[2])
+    strided = with_options(case._replace(q=views[0], k=views[1], v=views[2]), **gates)
     assert_conforms(spec, backend, strided)
     before = [v.clone() for v in views]
     with torch.no_grad():
@@ -197,14 +209,13 @@ def test_gradients_match_finite_differences(spec, backend, size):
     case = spec.inputs(
         dataclasses.replace(size, batch=1, queries=9, width=3, dtype=torch.float64, device="cpu")
     )
-    leaves = [t.clone().requires_grad_() for t in case[:3]]
+    gates = {name: gate for name, gate in gates_of(spec, case).items() if gate.is_floating_point()}
+    leaves = [t.clone().requires_grad_() for t in (*case[:3], *gates.values())]
     options = {"return_lse": True} if spec.declares("lse") else {}
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: (
-            tuple(call(spec, backend, case._replace(q=q, k=k, v=v), **options))
-            if options
-            else call(spec, backend, case._replace(q=q, k=k, v=v))
-        ),
-        leaves,
-        fast_mode=True,
-    )
+
+    def run(q, k, v, *rest):
+        given = with_options(case._replace(q=q, k=k, v=v), **dict(zip(gates, rest, strict=True)))
+        got = call(spec, backend, given, **options)
+        return tuple(got) if options else got
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from manyheads.engine.configs import WIDTHS, Config, using
 from manyheads.engine.tiled import launch, tiled
-from manyheads.engine.tiled.configs import KERNELS, KINDS, WIDTHS, Config, using
+from manyheads.engine.tiled.configs import KERNELS, KINDS
 from manyheads.testing import assert_within_budget
 
 
@@ -69,7 +70,7 @@ def agree(inputs, mask, dtype, device="cpu", coarse=None, **options):
 def tiles(bm, bn, device="cpu", **switches):
     """All kernels in tiles of one size."""
     config = Config(bm, bn, 4, 1, **switches)
-    arch = launch._architecture(torch.device(device))
+    arch = launch.architecture(torch.device(device))
     every = {(k, arch, w, size, kind): config for k in KERNELS for w in WIDTHS for size in (2, 4) for kind in KINDS}
     with using(every):
         yield

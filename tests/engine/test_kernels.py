@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from manyheads import ALiBi, Causal, Dense, Document, Full, Pair, PerBlock, PerHead, PerKey, Relative, Window
 from manyheads.common.errors import UnsupportedError
+from manyheads.engine import gpu
 from manyheads.engine import tiled as engine
 from manyheads.engine.tiled import launch, tiled
 from manyheads.mask.layout import TileLayout
@@ -198,10 +199,10 @@ def test_expanded_inputs_are_read_in_place(device, generator):
 
 def test_tokens_too_far_apart_for_a_tile_are_brought_together(generator):
     near = torch.randn(1, 1, 2, 4, generator=generator, dtype=torch.float16)
-    far = torch.zeros(launch._FAR + 4, dtype=torch.float16).as_strided(near.shape, (0, 0, launch._FAR, 1))
+    far = torch.zeros(gpu.FAR + 4, dtype=torch.float16).as_strided(near.shape, (0, 0, gpu.FAR, 1))
     far.copy_(near)
-    assert launch._readable(near) is near
-    assert launch._readable(far).stride(2) == 4 and torch.equal(launch._readable(far), near)
+    assert gpu.readable(near) is near
+    assert gpu.readable(far).stride(2) == 4 and torch.equal(gpu.readable(far), near)
 
 
 # --- options ------------------------------------------------------------------------------------------------------

@@ -240,6 +240,19 @@ def _replicas_draw_one_dropout(ranks):
 
 
 @case
+def _shards_drop_what_one_device_drops(ranks):
+    for backend in ("blocked", "reference"):
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+
+        def build(placed, leaf, draw, state=state):
+            torch.set_rng_state(state)
+            return {"dropout_p": 0.4}
+
+        everywhere(ranks, build, mask="causal", backend=backend)
+
+
+@case
 def _explain_says_what_this_rank_computes(ranks):
     from torch.distributed.tensor import Shard
 
@@ -276,7 +289,6 @@ def _what_cannot_be_done_is_refused_by_every_rank(ranks):
         (ValueError, "k: expected the mesh of q", half, {}),
         (ValueError, "sink: mesh dimension 'line' has it as", place(b, b, b), {"sink": wrong_sink}),
         (TypeError, "mask: .* that every rank holds whole, got a DTensor", place(b, b, b), {"mask": wrong_sink > 0}),
-        (mh.UnsupportedError, "dropout_p: .* global batch and head indices", place(b, b, b), {"dropout_p": 0.1}),
         (mh.UnsupportedError, "'sdpa' cannot take this call: .*DTensors", place(b, b, b), {"backend": "sdpa"}),
     ]
     for kind, message, tensors, options in wrong:

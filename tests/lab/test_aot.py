@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from manyheads.engine.tiled.configs import Config
+from manyheads.engine.configs import Config
 from manyheads.lab import aot, pool, tiled
 from manyheads.lab.memory import Memory, source_digest
 from manyheads.lab.registry import Kernel, kernel_named, kernels

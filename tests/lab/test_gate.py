@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from manyheads.cli import main
-from manyheads.engine.tiled import configs, tiled
+from manyheads.engine import configs
+from manyheads.engine.tiled import tiled
 from manyheads.lab import gate, resources, search
 from manyheads.lab import tiled as described
 from manyheads.lab.aot import Compiled

@@ -9,8 +9,8 @@ import pytest
 
 from manyheads.cli import main
 from manyheads.cli import tune as command
-from manyheads.engine.tiled import configs
-from manyheads.engine.tiled.configs import Config
+from manyheads.engine import configs
+from manyheads.engine.configs import Config
 from manyheads.lab import search
 from manyheads.lab.search import Place
 from manyheads.lab.tune import HEAT, MARGIN, Journal, tune

@@ -274,7 +274,7 @@ def summary(row: Row) -> str:
     if row.bar is not None:
         return f"{row.bar}: {number(row.measured)} (target {row.target}): {row.verdict}"
     parts = [f"{cell(row)} {head}" for head, cell in _COLUMNS if head in _BRIEF and cell(row)]
-    return f"{row.provider}: {', '.join(parts)}"
+    return f"{row.provider}: {', '.join(parts) or row.note or ''}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -313,6 +313,10 @@ def _ratio(row: Row) -> str:
     return f"{number(row.ratio)}x {row.baseline}"
 
 
+def _score(row: Row) -> str:
+    return "" if row.score is None else f"{number(row.score)} {row.score_unit or ''}".strip()
+
+
 def _remark(row: Row) -> str:
     if row.status != "measured":
         return f"{row.status}: {row.reason}"
@@ -342,6 +346,10 @@ _COLUMNS: list[Column] = [
     ("unique tiles", lambda r: "" if r.unique_tiles is None else str(r.unique_tiles)),
     ("rate", lambda r: f"{number(r.rate)} {r.rate_unit or ''}".strip() if r.rate is not None else ""),
     ("waste", lambda r: _percent(r.waste)),
+    ("score", _score),
+    ("chance", lambda r: number(r.chance)),
+    ("rate of learning", lambda r: "" if r.learning_rate is None else f"{r.learning_rate:g}"),
+    ("parameters", lambda r: "" if r.parameters is None else f"{r.parameters:,}"),
     ("agreement", lambda r: "" if r.agreement is None else f"{r.agreement:.6f}"),
     ("ratio", _ratio),
     ("remark", _remark),
@@ -374,6 +382,9 @@ _DISPENSABLE = (
     "waste",
     "MiB",
     "agreement",
+    "chance",
+    "parameters",
+    "rate of learning",
 )
 """What a narrow terminal does without, first to last."""
-_BRIEF = {"ms", "MiB", "overhead us", "unique tiles", "rate", "agreement", "gate", "ratio"}
+_BRIEF = {"ms", "MiB", "overhead us", "unique tiles", "rate", "score", "agreement", "gate", "ratio"}

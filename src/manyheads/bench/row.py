@@ -77,6 +77,16 @@ class Row:
         target: In ``targets``: what the bar asks, with its unit and direction.
         measured: In ``targets``: the number that was found.
         verdict: In ``targets``: ``"met"``, ``"missed"`` or ``"not measured"``.
+        task: In ``quality``: what a model was trained on.
+        score: In ``quality``: how well it did on held-out examples, in ``score_unit``.
+        score_unit: ``"accuracy"``, ``"bits a byte"`` or ``"relative error"`` (squared, over the
+            variance of the targets).
+        better: Whether a ``"higher"`` or a ``"lower"`` score is better.
+        chance: The score of a model that has learned nothing but frequencies.
+        parameters: Numbers that the model learned.
+        steps: Updates of the training.
+        learning_rate: Its highest learning rate.
+        curve: Mean training loss of each twentieth of the steps.
         note: Anything else a reader must know.
         seed: Seed of the inputs.
     """
@@ -130,6 +140,15 @@ class Row:
     target: str | None = None
     measured: float | None = None
     verdict: str | None = None
+    task: str | None = None
+    score: float | None = None
+    score_unit: str | None = None
+    better: str | None = None
+    chance: float | None = None
+    parameters: int | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    curve: tuple[float, ...] | None = None
     note: str | None = None
     seed: int | None = None
 
@@ -172,7 +191,7 @@ class Row:
             ValueError: A field is unknown or missing, or breaks a rule of the row.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        given = {k: v for k, v in values.items() if k != "kind"}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "kind"}
         if extra := sorted(set(given) - known):
             raise ValueError(f"row: unknown fields {extra}; was the file written by a newer version?")
         try:

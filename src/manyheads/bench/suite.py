@@ -16,8 +16,11 @@ from manyheads.bench.limits import Limits
 from manyheads.bench.row import CACHES, Row
 from manyheads.common.errors import unknown
 
-MODULES = ("masks", "layouts", "overhead", "packing", "targets")
+MODULES = ("masks", "layouts", "overhead", "packing", "linear", "targets", "quality")
 """Suites that come with the library, in the order in which they run; each is ``bench/suites/<name>.py``."""
+
+ASIDE = ("quality",)
+"""Suites that run only when they are named: they train models, which takes long and says nothing about speed."""
 
 LEVELS = ("quick", "default", "full")
 
@@ -180,8 +183,8 @@ def load(name: str) -> Suite:
     Example:
         >>> load("maks")
         Traceback (most recent call last):
-        ValueError: unknown suite 'maks': did you mean 'masks'? known: layouts, masks, overhead, packing,
-            targets
+        ValueError: unknown suite 'maks': did you mean 'masks'? known: layouts, linear, masks, overhead, packing,
+            quality, targets
     """
     if name not in MODULES:
         raise unknown("suite", name, MODULES)

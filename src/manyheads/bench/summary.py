@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,9 @@ def lines(results: Results) -> list[str]:
         _memory(measured),
         _packing(measured),
         _overhead(measured),
-        _targets([row for row in rows if row.verdict is not None]),
+        _quality(measured),
+        _targets([row for row in rows if row.verdict is not None and row.task is None]),
+        _claims([row for row in rows if row.verdict is not None and row.task is not None]),
         _caution(measured, results.notes),
     ]
     return [line for line in said if line][:MOST]
@@ -55,13 +58,18 @@ def _what(header: dict[str, Any], rows: Sequence[Row]) -> str:
     where += [f"torch {env['torch']}"] if env.get("torch") else []
     cases = len({(row.suite, row.case) for row in rows})
     done = sum(row.median_ms is not None for row in rows)
-    return f"Measured: {_count(done, 'timing')} in {_count(cases, 'case')}{' on ' if where else ''}{', '.join(where)}."
+    models = sum(row.score is not None for row in rows)
+    what = " and ".join(
+        [_count(done, "timing")] * bool(done or not models) + [_count(models, "trained model")] * bool(models)
+    )
+    return f"Measured: {what} in {_count(cases, 'case')}{' on ' if where else ''}{', '.join(where)}."
 
 
 def _right(rows: Sequence[Row]) -> str | None:
     judged = [row for row in rows if row.gate in ("green", "red")]
     if not judged:
-        return "Correct: no result was compared with an exact one, so no speed-up is claimed." if rows else None
+        timed = any(row.median_ms is not None for row in rows)
+        return "Correct: no result was compared with an exact one, so no speed-up is claimed." if timed else None
     red = [row for row in judged if row.gate == "red"]
     if not red:
         whole = "the one result" if len(judged) == 1 else f"all {len(judged)} results"
@@ -148,6 +156,29 @@ def _overhead(rows: Sequence[Row]) -> str | None:
         return None
     parts = ", ".join(f"{us:.1f} us ({name})" for name, us in found.items())
     return f"Overhead: one call costs {parts} more than the bare call of torch."
+
+
+def _quality(rows: Sequence[Row]) -> str | None:
+    found: dict[str, dict[str, list[float]]] = {}
+    signs = {}
+    for row in rows:
+        if row.task is not None and row.score is not None:
+            found.setdefault(row.task, {}).setdefault(row.provider, []).append(row.score)
+            signs[row.task] = 1.0 if row.better == "higher" else -1.0
+    if not found:
+        return None
+    ahead = [
+        f"{max(some, key=lambda who: signs[task] * statistics.fmean(some[who]))} in {task}"
+        for task, some in found.items()
+    ]
+    return f"Quality: on average over seeds the best is {', '.join(ahead)}."
+
+
+def _claims(bars: Sequence[Row]) -> str | None:
+    if not bars:
+        return None
+    met, missed = (sum(b.verdict == v for b in bars) for v in ("met", "missed"))
+    return f"Claims: of {_count(len(bars), 'claim')} from papers, {met} held in these small models, {missed} did not."
 
 
 def _targets(bars: Sequence[Row]) -> str | None:

@@ -315,3 +315,25 @@ def tiles(
     return command.run(
         command.Request(mask, length, keys, sizes, batch, heads, units, device, lengths, seed, json)
     )
+
+
+@simulate.command()
+def cluster(
+    mask: Annotated[str, typer.Argument(help="A static mask by name, or any mask as text.")] = "causal_document",
+    ranks: Annotated[list[int] | None, typer.Option(help="Devices, 64 by default; may be repeated.")] = None,
+    per_rank: Annotated[int, typer.Option(help="Tokens on each device.")] = 8192,
+    device: Annotated[str, typer.Option(help="A machine by name, as H100.")] = "H100",
+    model: Annotated[str, typer.Option(help="heads:key heads x width x layers, or a config.json.")] = "64:8x128x32",
+    links: Annotated[str | None, typer.Option(help="GB/s inside:between x devices of a node, as 450:50x8.")] = None,
+    scheme: Annotated[list[str] | None, typer.Option(help="Only this scheme; may be repeated.")] = None,
+    shard: Annotated[list[str] | None, typer.Option(help="Only this deal of tokens; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    lengths: Annotated[str | None, typer.Option(help="Draw documents from pile, prolong64k or prolong512k.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 42,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> int:
+    """Time, idle share, bytes and memory of schemes and deals on many devices."""
+    from manyheads.cli import cluster as command
+
+    asked = (mask, tuple(ranks or (64,)), per_rank, device, model, links, tuple(scheme or ()), tuple(shard or ()))
+    return command.run(command.Request(*asked, _SHORT.get(dtype, dtype), lengths, seed, json))

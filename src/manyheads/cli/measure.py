@@ -11,8 +11,9 @@ from torch import Tensor
 
 from manyheads.bench import device as devices
 from manyheads.bench.timing import interleave
-from manyheads.engine.tiled import ALiBi, Bias, Pair, Term, configs, tiled
-from manyheads.engine.tiled.configs import Config
+from manyheads.engine import configs
+from manyheads.engine.configs import Config
+from manyheads.engine.tiled import ALiBi, Bias, Pair, Term, tiled
 from manyheads.lab.search import Place
 from manyheads.testing import assert_within_budget, sample_qkv
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from manyheads.bench import providers
-from manyheads.bench.suite import MODULES, Case, Options, Suite, load, unfold
+from manyheads.bench.suite import ASIDE, MODULES, Case, Options, Suite, load, unfold
 from manyheads.bench.workload import DTYPES, PHASES, Problem
 from manyheads.common.errors import unknown
 from manyheads.mask import as_mask
@@ -32,7 +32,7 @@ def plan(suites: Sequence[str], options: Options, names: Sequence[str] = ()) -> 
     """The cases that were asked for, every name checked.
 
     Args:
-        suites: Names; empty for all that the other choices apply to.
+        suites: Names; empty for all that the other choices apply to, but for those that run only when named.
         options: What the suites see.
         names: Only these cases: names, ``suite/name``, or patterns with ``*``. One that the level leaves out is
             looked for in the full one.
@@ -134,7 +134,8 @@ def _implied(options: Options) -> tuple[str, ...]:
         "cold": options.cache == "cold",
     }
     asked = [what for what, value in chosen.items() if value]
-    return tuple(name for name in MODULES if all(name in UNDERSTOOD[what] for what in asked))
+    some = [name for name in MODULES if name not in ASIDE]
+    return tuple(name for name in some if all(name in UNDERSTOOD[what] for what in asked))
 
 
 def _named(cases: list[Case], names: Sequence[str], suites: Sequence[Suite], options: Options) -> list[Case]:

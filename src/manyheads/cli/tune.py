@@ -13,8 +13,8 @@ from manyheads.bench.device import no_gpu
 from manyheads.bench.environment import environment
 from manyheads.cli.kernels import aligned, counter
 from manyheads.common.errors import unknown
-from manyheads.engine.tiled import configs
-from manyheads.engine.tiled.configs import Config, Key
+from manyheads.engine import configs
+from manyheads.engine.configs import Config, Key
 from manyheads.lab import search
 from manyheads.lab.memory import Memory, folder, source_digest
 from manyheads.lab.search import Found, Place

@@ -11,11 +11,14 @@ from typing import Any
 
 from manyheads.common.errors import unknown
 
-ENGINES = {"tiled": "manyheads.lab.tiled"}
-"""Engines with kernels, and the module that describes them: it has ``KERNELS`` and ``cases()``. A new engine is a line
-here and such a module."""
+ENGINES = {"tiled": "manyheads.lab.tiled", "scan": "manyheads.lab.scan"}
+"""Engines with kernels, and the module that describes them, with ``KERNELS`` and ``cases()``; for the tuner also
+``variants()``, ``shapes()``, ``case()``, ``cycles()`` and ``bound()``. A new engine is a line here and such a module."""
 
-Constant = int | str
+EXACT = "float32 products run on the plain units, whose operands lie in registers"
+"""Why a kernel may spill in float32."""
+
+Constant = int | float | str
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Kernel:
         name: ``"<engine>.<function>"``.
         path: ``"<module>:<function>"``; imported only where it is compiled.
         pointers: Element type of each pointer argument, in Triton's words (``"fp32"``, ``"i32"``); ``"data"`` is the
-            dtype of the case.
+            dtype of the case, ``"factor"`` the one in which sums are factors of products: bf16 or else fp32.
         floats: Scalar arguments that are float32; every other one is a 32-bit integer.
         aligned: Pattern of the names of integer arguments that are multiples of 16 in every fast call, such as the
             strides of contiguous tensors; without it no load is wide.
@@ -73,6 +76,8 @@ class Kernel:
                 return "constexpr"
             if name in self.pointers:
                 element = self.pointers[name]
+                if element == "factor":
+                    element = "bf16" if dtype == "bf16" else "fp32"
                 return "*" + (dtype if element == "data" else element)
             return "fp32" if name in self.floats else "i32"
 
@@ -154,6 +159,23 @@ def kernel_named(name: str) -> Kernel:
     if name not in kernels():
         raise unknown("kernel", name, kernels())
     return kernels()[name]
+
+
+def engine_of(kernel: str) -> Any:
+    """The module that describes a kernel of the configuration table.
+
+    Args:
+        kernel: Without the engine: ``"forward"``.
+
+    Returns:
+        One of the modules of ``ENGINES``.
+
+    Example:
+        >>> engine_of("carry").__name__
+        'manyheads.lab.scan'
+    """
+    found = next(name for name in kernels() if name.partition(".")[2] == kernel)
+    return importlib.import_module(ENGINES[found.partition(".")[0]])
 
 
 def cases() -> Iterator[Case]:

@@ -2,7 +2,7 @@
 
 Of all tiles, warps and stages, those are legal whose kernel keeps the limits of its target: it does not spill, its
 memory fits, its products are matrix instructions that do not wait for each other, and so for every variant that may
-run with it. Of the legal ones the model of ``estimate`` picks the fastest; within 2 % of it the one with more stages up
+run with it. Of the legal ones the model of its engine picks the fastest; within 2 % of it the one with more stages up
 to 3, then the smaller tile, which wastes less at the edges of a mask.
 """
 
@@ -12,15 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from manyheads.engine.tiled.configs import Config
-from manyheads.lab import tiled
-from manyheads.lab.estimate import bound_of_pair, cycles_of_pair
+from manyheads.engine.configs import Config
 from manyheads.lab.gate import rules_broken
 from manyheads.lab.memory import Memory
 from manyheads.lab.pool import Made
-from manyheads.lab.registry import Case
+from manyheads.lab.registry import Case, engine_of
 
-SIZES = (16, 32, 64, 128)
 WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
 TIE = 0.02
@@ -63,7 +60,7 @@ class Found:
     Attributes:
         config: Tile, warps, stages.
         made: What its main variant needs.
-        cycles: Modelled cycles for a pair.
+        cycles: Modelled cycles for a pair; of the scan engine, for a token.
     """
 
     config: Config
@@ -86,7 +83,7 @@ def candidates(place: Place) -> list[Config]:
     """
     found = []
     for config in _every(place):
-        bound = bound_of_pair(place.kernel, place.arch, place.width, place.itemsize, place.kind, _shape(config))
+        bound = _bound(place, config)
         if bound != float("inf"):
             found.append((bound, -config.bm * config.bn, -min(config.stages, 3), config.stages, config))
     return [config for *_, config in sorted(found, key=lambda entry: entry[:-1])]
@@ -94,8 +91,7 @@ def candidates(place: Place) -> list[Config]:
 
 def variants(place: Place) -> list[str]:
     """What may run with a row: its variants, the main one first."""
-    main = tiled.MAIN[place.kind]
-    some = [v for v in tiled.VARIANTS_OF[place.kernel] if tiled.VARIANTS[v][0] == place.kind and v != main]
+    main, *some = engine_of(place.kernel).variants(place.kernel, place.kind)
     if place.arch != "sm_90":
         some = []  # elsewhere a variant may spill
     elif place.itemsize == 4:
@@ -107,8 +103,10 @@ def variants(place: Place) -> list[str]:
 
 def case(place: Place, config: Config, variant: str = "", **more: Any) -> Case:
     """The compilation of a configuration; of the main variant by default."""
-    variant = variant or tiled.MAIN[place.kind]
-    return tiled.case(place.kernel, place.arch, place.dtype, place.width, variant, config, **more)
+    engine = engine_of(place.kernel)
+    variant = variant or engine.variants(place.kernel, place.kind)[0]
+    made: Case = engine.case(place.kernel, place.arch, place.dtype, place.width, variant, config, **more)
+    return made
 
 
 def legal(made: Made) -> list[str]:
@@ -211,9 +209,8 @@ def _by_rule(found: Sequence[Found]) -> list[Found]:
 
 def _found(place: Place, config: Config, made: Made) -> Found:
     assert made.compiled is not None
-    shape = _shape(config)
-    cycles = cycles_of_pair(place.kernel, place.arch, place.width, place.itemsize, place.kind, shape, made.compiled)
-    return Found(config, made, cycles)
+    about = (place.kernel, place.arch, place.width, place.itemsize, place.kind, _shape(config))
+    return Found(config, made, engine_of(place.kernel).cycles(*about, made.compiled))
 
 
 def _spilled(found: Found) -> int:
@@ -227,7 +224,8 @@ def _only_spills(made: Made) -> bool:
 
 
 def _bound(place: Place, config: Config) -> float:
-    return bound_of_pair(place.kernel, place.arch, place.width, place.itemsize, place.kind, _shape(config))
+    about = (place.kernel, place.arch, place.width, place.itemsize, place.kind, _shape(config))
+    return float(engine_of(place.kernel).bound(*about))
 
 
 def _shape(config: Config) -> tuple[int, int, int, int]:
@@ -235,12 +233,7 @@ def _shape(config: Config) -> tuple[int, int, int, int]:
 
 
 def _every(place: Place) -> Iterator[Config]:
-    exact = place.itemsize == 4
-    for bm in SIZES:
-        for bn in SIZES:
-            # products on the plain units are unrolled: large tiles compile for minutes
-            if exact and bm * bn * place.width > 64 * 64 * 128:
-                continue
-            for warps in WARPS:
-                for stages in STAGES if place.arch != "gfx942" else STAGES[:2]:
-                    yield Config(bm, bn, warps, stages)
+    for bm, bn in engine_of(place.kernel).shapes(place.kernel, place.width, place.itemsize):
+        for warps in WARPS:
+            for stages in STAGES if place.arch != "gfx942" else STAGES[:2]:
+                yield Config(bm, bn, warps, stages)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from manyheads.engine.tiled.configs import ARCHITECTURES, WIDTHS, Config, choose
+from manyheads.engine.configs import ARCHITECTURES, WIDTHS, Config, choose
 from manyheads.engine.tiled.configs import KERNELS as NAMES
-from manyheads.lab.registry import Case, Constant, Kernel
+from manyheads.lab.estimate import bound_of_pair, cycles_of_pair
+from manyheads.lab.registry import EXACT, Case, Constant, Kernel
 
 _INDEX = dict.fromkeys(("work", "rows", "first", "count", "mask_id", "bits", "index", "q_pos", "k_pos"), "i32")
 _INPUTS = {"q": "data", "k": "data", "v": "data"}
@@ -83,7 +84,8 @@ VARIANTS_OF = {
 }  # fmt: skip
 """Variants that the launcher can ask of each kernel."""
 
-_EXACT = "float32 products run on the plain units, whose operands lie in registers"
+cycles, bound = cycles_of_pair, bound_of_pair
+"""Modelled cycles of a configuration, and what it cannot go below."""
 
 _QUICK_ON_90 = ("plain", "pair", "skip", "everything")
 
@@ -128,6 +130,27 @@ _NAMES = {
 }
 
 
+def variants(kernel: str, kind: str) -> list[str]:
+    """What may run with the configuration of a kind of call, the variant that stands for it first.
+
+    Example:
+        >>> variants("keys_backward", "heavy")
+        ['everything']
+    """
+    return [MAIN[kind], *(v for v in VARIANTS_OF[kernel] if VARIANTS[v][0] == kind and v != MAIN[kind])]
+
+
+def shapes(kernel: str, width: int, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Tiles that are worth compiling; products on the plain units are unrolled, large tiles compile for minutes.
+
+    Example:
+        >>> (128, 128) in shapes("forward", 128, 2), (128, 128) in shapes("forward", 128, 4)
+        (True, False)
+    """
+    sizes = (16, 32, 64, 128)
+    yield from ((bm, bn) for bm in sizes for bn in sizes if itemsize == 2 or bm * bn * width <= 64 * 64 * 128)
+
+
 def case(kernel: str, arch: str, dtype: str, width: int, variant: str, config: Config, **more: Any) -> Case:
     """A compilation under a given configuration.
 
@@ -147,7 +170,7 @@ def case(kernel: str, arch: str, dtype: str, width: int, variant: str, config: C
     # float32 products are exact only on the plain arithmetic units; fewer than 64 rows fill no warp group
     rows = fixed.get("BN" if kernel == "keys_backward" else "ROWS", 0)
     matrix = kernel != "row_products" and dtype != "fp32" and (arch in ("sm_80", "gfx942") or int(rows) >= 64)
-    more = {"matrix": matrix, "may_spill": _EXACT if dtype == "fp32" else "", **more}
+    more = {"matrix": matrix, "may_spill": EXACT if dtype == "fp32" else "", **more}
     return Case(f"tiled.{kernel}", arch, dtype, width, variant, fixed, config.warps, config.stages, **more)
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from manyheads.engine.tiled.configs import Config, Key
+from manyheads.engine.configs import Config, Key
 from manyheads.lab.search import Place
 
 MARGIN = 0.02

@@ -1,7 +1,14 @@
-"""Layers around attention."""
+"""Layers around attention, and layers in its place."""
 
 from __future__ import annotations
 
 from .attention import Attention
+from .gated_delta import GatedDeltaNet
+from .local_linear import LocalLinearAttention
+from .mlstm import MLSTM
+from .natsl import NATSL
+from .parallax import Parallax
+from .rat import RAT
+from .shortconv import ShortConv
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "GatedDeltaNet", "LocalLinearAttention", "MLSTM", "NATSL", "Parallax", "RAT", "ShortConv"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.attention import attention, attention_weights
+from manyheads.common import scopes
 from manyheads.common.errors import UnsupportedError
 from manyheads.common.rope import RoPE
 from manyheads.engine.tiled.bias import Pair
@@ -210,10 +211,7 @@ class Attention(nn.Module):
         if positions is not None:
             asked["positions"] = positions
         if self.rope is not None:
-            at = positions or (
-                torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device),
-                torch.arange(k.shape[2], device=k.device),
-            )
+            at = positions or _usual_positions(q, k)
             q, k = self.rope(q, at[0]), self.rope(k, at[1])
         weights = None
         if self.core is attention if need_weights is None else need_weights:
@@ -293,6 +291,15 @@ class Attention(nn.Module):
         if self.core is not attention and not isinstance(self.core, nn.Module):
             parts.append(f"core={getattr(self.core, '__name__', self.core)}")
         return ", ".join(parts)
+
+
+def _usual_positions(q: Tensor, k: Tensor) -> Positions:
+    """Logical positions when the caller gives none."""
+    if scopes.active:  # this process holds a part of the sequence
+        own = scopes.active[-1].positions().to(q.device)
+        return own, own
+    q_pos = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+    return q_pos, torch.arange(k.shape[2], device=k.device)
 
 
 def _split_attn_mask(given: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -167,7 +167,7 @@ def dense(base: Row, target: float) -> Callable[[list[list[Row]]], list[Row]]:
         ratios = [ratio for ratio, _ in found if ratio is not None]
         value = min(ratios) if ratios and not reasons else None
         noted = base.replace(note="; ".join(reasons) or _errors(measured) or None)
-        return [at_least(_quiet(noted, *(row for rows in measured for row in rows)), value, target)]
+        return [at_least(cautioned(noted, *(row for rows in measured for row in rows)), value, target)]
 
     return judge
 
@@ -184,13 +184,13 @@ def against_flex(
         if reasons or not ratios:
             note = "; ".join(reasons[:3]) + (f" and {len(reasons) - 3} more" if len(reasons) > 3 else "")
             bad = base.replace(note=note or "nothing measured")
-            out = [at_least(_worded(bad, "geometric mean"), None, mean)]
-            return out if least is None else [*out, at_least(_worded(bad, "worst mask"), None, least)]
+            out = [at_least(worded(bad, "geometric mean"), None, mean)]
+            return out if least is None else [*out, at_least(worded(bad, "worst mask"), None, least)]
         worst = min(ratios, key=lambda name: ratios[name])
-        average = at_least(_worded(base, "geometric mean"), geometric_mean(list(ratios.values())), mean)
+        average = at_least(worded(base, "geometric mean"), geometric_mean(list(ratios.values())), mean)
         if least is None:
             return [average.replace(note=f"worst {ratios[worst]:.2f}x: {worst}")]
-        return [average, at_least(_worded(base, "worst mask").replace(note=worst), ratios[worst], least)]
+        return [average, at_least(worded(base, "worst mask").replace(note=worst), ratios[worst], least)]
 
     return judge
 
@@ -204,7 +204,7 @@ def rate(base: Row, ours: str, target: float) -> Callable[[list[list[Row]]], lis
         slowest = min((row.gflops or 0.0 for row in found), default=None)
         value = None if reasons or slowest is None else slowest / 1e3
         noted = base.replace(provider=ours, note="; ".join(reasons) or _errors(measured, ours) or None)
-        return [at_least(_quiet(noted, *found), value, target, "TFLOP/s")]
+        return [at_least(cautioned(noted, *found), value, target, "TFLOP/s")]
 
     return judge
 
@@ -219,9 +219,9 @@ def keeps_rate(base: Row, names: Sequence[str], ours: str, share: float) -> Call
             reason = doubt(measured[0], ours) or doubt(rows, ours)
             row = one(rows, ours)
             kept = row.gflops / whole.gflops if not reason and row and row.gflops and whole and whole.gflops else None
-            noted = _worded(base, name).replace(provider=ours, note=reason)
+            noted = worded(base, name).replace(provider=ours, note=reason)
             noted = noted.replace(density=None if row is None else row.density)
-            out.append(at_least(_quiet(noted, row, whole), kept, share, "of dense"))
+            out.append(at_least(cautioned(noted, row, whole), kept, share, "of dense"))
         return out
 
     return judge
@@ -246,7 +246,7 @@ def cost_follows_area(
             right = ours is not None and ours.gate == "green"
             share = ours.median_ms / whole if right and ours and ours.median_ms and whole else None
             density = ours.density if ours is not None and ours.density is not None else 1.0
-            row = _worded(base, name)
+            row = worded(base, name)
             if ours is not None:
                 row = row.replace(density=ours.density, area=ours.area, mask=ours.mask)
                 row = row.replace(note=f"exact area {ours.area:.1%}" if right else "its error gate is red")
@@ -266,9 +266,9 @@ def backward(base: Row, speed: float, memory: float) -> Callable[[list[list[Row]
         less = max(peaks[1], 0.0) / max(peaks[0], 0.1) if peaks[0] is not None and peaks[1] is not None else None
         note = None if less is None else f"{peaks[0]:.0f} against {peaks[1]:.0f} MiB"
         return [
-            at_least(_quiet(_worded(base, "speed").replace(note=reason), *rows), ratio, speed),
+            at_least(cautioned(worded(base, "speed").replace(note=reason), *rows), ratio, speed),
             at_least(
-                _worded(base, "peak memory beyond inputs and results").replace(note=note),
+                worded(base, "peak memory beyond inputs and results").replace(note=note),
                 less,
                 memory,
                 "x less",
@@ -285,11 +285,11 @@ def layout(base: Row, ms: float, mib: float | None) -> Callable[[list[list[Row]]
         row = one(measured[0], OURS)
         tiles = None if row is None or row.unique_tiles is None else float(row.unique_tiles)
         out = [
-            at_most(_quiet(_worded(base, "time"), row), row.median_ms if row else None, ms, "ms"),
-            at_most(_worded(base, "unique tiles"), tiles, 4, ""),
+            at_most(cautioned(worded(base, "time"), row), row.median_ms if row else None, ms, "ms"),
+            at_most(worded(base, "unique tiles"), tiles, 4, ""),
         ]
         if mib is not None:
-            out.insert(1, at_most(_worded(base, "peak memory"), row.peak_mib if row else None, mib, "MiB"))
+            out.insert(1, at_most(worded(base, "peak memory"), row.peak_mib if row else None, mib, "MiB"))
         return out
 
     return judge
@@ -308,8 +308,8 @@ def linear_memory(base: Row, lengths: Sequence[int], gib: float) -> Callable[[li
         last = found[-1]
         whole = None if last is None or last.process_mib is None else last.process_mib / 1024
         return [
-            at_most(_worded(base, "growth per token").replace(note=note or None), growth, 1.25),
-            at_most(_worded(base, f"process peak at {lengths[-1]}"), whole, gib, "GiB"),
+            at_most(worded(base, "growth per token").replace(note=note or None), growth, 1.25),
+            at_most(worded(base, f"process peak at {lengths[-1]}"), whole, gib, "GiB"),
         ]
 
     return judge
@@ -323,7 +323,7 @@ def overhead(base: Row, most: dict[str, float]) -> Callable[[list[list[Row]]], l
         for provider, target in most.items():
             row = one(measured[0], provider)
             over = None if row is None else row.overhead_us
-            out.append(at_most(_quiet(_worded(base, provider), row), over, target, "us"))
+            out.append(at_most(cautioned(worded(base, provider), row), over, target, "us"))
         return out
 
     return judge
@@ -346,19 +346,19 @@ def packing(base: Row, given: float, by_length: float, cosine: float) -> Callabl
             ratio = best.rate / theirs.rate if best and best.rate and theirs and theirs.rate else None
             out.append(
                 at_least(
-                    _worded(base, f"against {words}").replace(note=best.provider if best else why),
+                    worded(base, f"against {words}").replace(note=best.provider if best else why),
                     ratio,
                     target,
                 )
             )
         found = [r.agreement for r in rows if r.provider.startswith("packed") and r.agreement is not None]
         agreement = min(found) if found else None
-        return [*out, at_least(_worded(base, "smallest cosine").replace(note=why), agreement, cosine, "")]
+        return [*out, at_least(worded(base, "smallest cosine").replace(note=why), agreement, cosine, "")]
 
     return judge
 
 
-def _quiet(base: Row, *rows: Row | None) -> Row:
+def cautioned(base: Row, *rows: Row | None) -> Row:
     """Says in the note when a verdict rests on noisy rows."""
     if not any(row is not None and row.noisy for row in rows):
         return base
@@ -370,7 +370,7 @@ def _judged(base: Row, measured: float | None, target: str, met: bool) -> Row:
     return base.replace(target=target, measured=measured, verdict=verdict)
 
 
-def _worded(base: Row, more: str) -> Row:
+def worded(base: Row, more: str) -> Row:
     return base.replace(bar=f"{base.bar}: {more}")
 
 

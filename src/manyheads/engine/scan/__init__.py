@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...common import checks
-from ...common.errors import unknown
+from ...common.errors import UnsupportedError, unknown
 from ...mask.documents import Document
-from . import check
+from .. import gpu
+from . import check, launch
 from .op import BACKENDS, op
 from .problem import State, unpacked
 from .step import step
@@ -67,7 +68,7 @@ def scan(
         return_state: Also return the state after all tokens.
         chunk: Tokens computed together, rounded up to a power of two; the engine's choice by default. It changes no
             result.
-        backend: ``"auto"``, ``"blocked"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"blocked"`` or ``"reference"``.
 
     Returns:
         ``(B, H, N, Dv)`` in the dtype of ``v``; with ``return_state`` also a :class:`State`.
@@ -98,9 +99,10 @@ def scan(
         decay = decay if decay is None or decay.dim() == 1 else decay.flip(2)
         beta, gate = (None if t is None else t.flip(2) for t in (beta, gate))
         borders = None if borders is None else borders.flip(-1)
+    chosen = _backend(backend, q, v, decay, beta)
     factor = 1.0 if scale is None else float(scale)
     out, total, end, *_ = op(
-        q, k, v, decay, beta, gate, total, m, borders, factor, kind, _chunk(chunk), _backend(backend), False
+        q, k, v, decay, beta, gate, total, m, borders, factor, kind, _chunk(chunk, chosen, q, v), chosen, False
     )
     if reverse:
         out = out.flip(2)
@@ -113,7 +115,7 @@ def refuse(backend: str, device: str) -> list[str]:
     """Why a backend of this engine cannot run on a device; empty when it can.
 
     Args:
-        backend: ``"blocked"`` or ``"reference"``.
+        backend: ``"triton"``, ``"blocked"`` or ``"reference"``.
         device: A device type such as ``"cpu"``.
 
     Returns:
@@ -121,21 +123,30 @@ def refuse(backend: str, device: str) -> list[str]:
     """
     if backend not in BACKENDS:
         raise unknown("backend of scan", backend, BACKENDS)
-    return ["meta tensors hold no data"] if device == "meta" else []
+    if device == "meta":
+        return ["meta tensors hold no data"]
+    return gpu.refuse(device) if backend == "triton" else []
 
 
-def _backend(name: str) -> str:
+def _backend(name: str, q: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> str:
+    """The backend that a call gets: on a GPU the kernels where they can take it, else blocked."""
     if name not in ("auto", *BACKENDS):
         raise unknown("backend of scan", name, ["auto", *BACKENDS])
+    if name == "triton" or (name == "auto" and q.device.type == "cuda"):
+        reasons = gpu.refuse(q.device.type) + launch.refuse_call(q, v, decay, beta)
+        if not reasons:
+            return "triton"
+        if name == "triton":
+            raise UnsupportedError("backend 'triton' cannot take this call: " + "; ".join(reasons))
     return "blocked" if name == "auto" else name
 
 
-def _chunk(given: int | None) -> int:
-    if given is None:
-        return _CHUNK
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ValueError(f"chunk: expected a positive number of tokens, got {given!r}")
-    return 1 << (given - 1).bit_length()
+def _chunk(given: int | None, backend: str, q: Tensor, v: Tensor) -> int:
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise ValueError(f"chunk: expected a positive number of tokens, got {given!r}")
+        given = 1 << (given - 1).bit_length()
+    return launch.chunk_of(q, v, given) if backend == "triton" else given or _CHUNK
 
 
 def _lens(given: Document | Tensor | Sequence[int] | None) -> Tensor | None:

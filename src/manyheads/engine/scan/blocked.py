@@ -1,29 +1,32 @@
 """The chunked form in PyTorch: inside a chunk every pair at once, between chunks one pass over the states.
 
-Tokens go in segments of chunks. All chunks of a segment are computed together, only the pass over their states is
-sequential. The state before each segment is all that is kept for the backward, which walks the segments from the
-last to the first, computes each again with recording, and differentiates it.
+Heads go one after the other where sequences are long, so that a segment of some chunks is a run of memory that the
+caches hold; short sequences go many heads at a time. All chunks of a segment are computed together. The state before
+each segment is all that is kept for the backward, which walks the segments from the last to the first, computes each
+again with recording, and differentiates it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import autodiff
-from .pieces import Carry, Channels, Mix, Pairs
-from .problem import Problem, by_token, divide, finite, with_ones
+from .pieces import Carry, Mix, rows_of
+from .problem import Problem, divide, with_ones
+from .weights import Weights, exact, factored
 
-_ROWS = 4096  # tokens times heads of a segment: enough work for each operator, little enough for the caches
+_ROWS = 2048  # tokens times heads of a segment: enough work for each operator, little enough for the caches
 
 
 def checkpoints(batch: int, heads: int, tokens: int, chunk: int) -> int:
-    """An upper bound on the segments of a call; written so that symbolic sizes stay symbolic."""
-    return tokens // _segment_tokens(batch, heads, chunk) + 2
+    """An upper bound on the segments of a row; written so that symbolic sizes stay symbolic."""
+    return tokens // _segment_tokens(chunk) + 2
 
 
 def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
@@ -33,13 +36,24 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tens
     count = checkpoints(b, h, n, p.chunk) if save else 0
     states = p.state.new_zeros(count, *p.state.shape)
     maxima = p.state.new_zeros(count if p.m is not None else 0, b, h)
-    state, m = p.state, p.m
-    for i, (at, chunk) in enumerate(_segments(p)):
-        if save:
-            states[i] = state
-            if m is not None:
-                maxima[i] = m
-        out[:, :, at], state, m = segment(_part(p, at, chunk, state, m))
+    state, m = p.state.clone(), None if p.m is None else p.m.clone()
+    scratch = Scratch(p.state)
+    for span in _spans(p):
+        for rows in _groups(p, span.longest, 1):
+            whole = _part(p, rows, slice(span.segments[0].start, span.segments[-1].stop), span.chunk, state, m)
+            weights = factored(whole, span.longest // span.chunk) if span.whole else None
+            for i, at in enumerate(span.segments):
+                if save:
+                    states[(span.first + i, *rows)] = state[rows]
+                    if m is not None:
+                        maxima[(span.first + i, *rows)] = m[rows]
+                part = _part(p, rows, at, span.chunk, state, m)
+                target = out[(*rows, at)]
+                found, state[rows], end = segment(part, None if weights is None else weights[i], target, scratch)
+                if found is not target:
+                    target.copy_(found)
+                if m is not None and end is not None:
+                    m[rows] = end
     return out, state, m, states, maxima
 
 
@@ -54,114 +68,126 @@ def backward(
         else None
         for t, w in zip(p.tensors, wants, strict=True)
     ]
-    carried = torch.zeros_like(p.state) if dstate is None else dstate
-    for i, (at, chunk) in reversed(list(enumerate(_segments(p)))):
-        part = _part(p, at, chunk, states[i], maxima[i] if p.m is not None else None)
-        seeds = [None if dout is None else dout[:, :, at].to(p.accumulate), carried]
-        *found, before = autodiff.gradients(part, lambda fresh: segment(fresh)[:2], seeds, [*wants[:-1], True])
-        assert before is not None
-        carried = before
-        for grad, new in zip(grads[:-1], found, strict=True):
-            if grad is not None and new is not None:
-                if grad.dim() == 1:
-                    grad += new
-                else:
-                    grad[:, :, at] = new
+    carried = torch.zeros_like(p.state) if dstate is None else dstate.clone()
+    for span in reversed(list(_spans(p))):
+        for rows in _groups(p, span.longest, p.group):
+            for i, at in reversed(list(enumerate(span.segments))):
+                before = states[span.first + i], maxima[span.first + i] if p.m is not None else None
+                part = _part(p, rows, at, span.chunk, *before)
+                seeds = [None if dout is None else dout[(*rows, at)].to(p.accumulate), carried[rows]]
+                *found, start = autodiff.gradients(part, lambda fresh: segment(fresh)[:2], seeds, [*wants[:-1], True])
+                assert start is not None
+                carried[rows] = start
+                for place, new in zip(_part_of(grads, rows, at, p.group), found, strict=True):
+                    if place is not None and new is not None:
+                        if place.dim() == 1:
+                            place += new
+                        else:
+                            place.copy_(new)
     if grads[3] is not None and p.decay is not None:
         grads[3] = grads[3].to(p.decay.dtype)
     return [*grads[:-1], carried if wants[-1] else None]
 
 
-def segment(p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A problem of a few chunks: output ``(B, H, N, Dv)`` in the accumulation dtype, final state, final ``m``."""
+class Scratch:
+    """Memory for what lives as long as a segment, given out again to the next one: fresh memory costs page faults."""
+
+    def __init__(self, like: Tensor) -> None:
+        """Takes dtype and device from a tensor."""
+        self._like = like
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """Uninitialised memory of a shape; the last that had this name is overwritten."""
+        size = math.prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name] = self._like.new_empty(size)
+        return kept[:size].view(shape)
+
+
+def segment(
+    p: Problem, w: Weights | None = None, target: Tensor | None = None, scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A problem of a few chunks.
+
+    Args:
+        p: The problem.
+        w: Its weights; by default they are computed, in the exact form.
+        target: Where the output belongs, ``(B, H, N, Dv)``; used where it can be written to directly.
+        scratch: Memory for what is needed meanwhile; fresh memory by default, as recording needs it.
+
+    Returns:
+        Output ``(B, H, N, Dv)``, final state, final ``m``.
+    """
     b, h, tokens, d = p.q.shape
     n, e = -(-tokens // p.chunk), p.state.shape[-1]
-    decay = by_token(p)
-    q, k, v = (_rows(t, p) for t in (p.q, p.k, p.v))
-    if p.scale != 1.0:
-        q = q * p.scale
+    lead = (b, h, n)
+    q, k, v = (rows_of(t, p) for t in (p.q, p.k, p.v))
     if p.normalise:
         v = with_ones(v)
-    if decay is not None and decay.dim() == 4:
-        scores, prefix, suffix = Channels.apply(q, k, _rows(decay, p))
-        read, write = q * prefix.exp2(), k * suffix.exp2()
-        keep: Tensor | None = prefix[:, -1].exp2().view(b * h, n, d, 1)
-        m, end, weights, since = None, None, None, None
-    else:
-        found = _decays(p, decay, n)
-        weights, since, m, end = found.pairs, found.since, found.rows, found.end
-        scores = _weighted(torch.bmm(q, k.mT), weights, (b, h, n))
-        read, write = _scaled(q, since, (b, h, n)), _scaled(k, found.until, (b, h, n))
-        keep = None if found.keep is None else found.keep.expand(b, h, n).reshape(b * h, n, 1, 1)
+    if w is None:
+        w = exact(p, q, k)
+    memory = scratch or _fresh
+    read = _scaled(q, w.read, lead, memory("read", *q.shape))
+    write = _scaled(k, w.write, lead, memory("write", *k.shape))
+    scores = w.scores
+    if scores is None:
+        left, right = (read, write) if w.factored else (q, k)
+        scores = torch.bmm(left, right.mT, out=memory("scores", *q.shape[:2], p.chunk))
+        scores = _weighted(scores, w.pairs, lead)
     start = p.state.reshape(b * h, d, e)
-    if p.beta is None:
+    enter = start if w.enter is None else _by_row(w.enter, (b, h)) * start
+    keep = None if w.keep is None else _by_row(w.keep, lead).unflatten(0, (b * h, n))
+    if p.beta is not None:
+        left = rows_of(p.beta[..., None], p)
+        erase = k * left
+        system = torch.bmm(_scaled(erase, w.read, lead), write.mT) if w.factored else torch.bmm(erase, k.mT)
+        right = torch.cat([v * left, _scaled(erase, w.read, lead)], -1)
+        system = _weighted(system, w.pairs, lead)
+        v, erase = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split([e, d], -1)
         update = torch.bmm(write.mT, v).view(b * h, n, d, e)
-        states, state = Carry.apply(keep, update, start)
-    else:
-        beta = _rows(p.beta[..., None], p)
-        system = _weighted(torch.bmm(k * beta, k.mT), weights, (b, h, n))
-        right = torch.cat([v * beta, _scaled(k * beta, since, (b, h, n))], -1)
-        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-        v, erase = solved.split([e, d], -1)
-        mix = torch.bmm(write.mT, erase).neg().view(b * h, n, d, d)
-        same = torch.eye(d, dtype=q.dtype, device=q.device)
-        mix = mix + (same if keep is None else keep * same)
-        states, state = Mix.apply(mix, torch.bmm(write.mT, v).view(b * h, n, d, e), start)
+        mix = torch.bmm(write.mT, erase).neg_().view(b * h, n, d, d)
+        mix = _plus_identity(mix, None if w.factored else keep)
+        if w.factored and keep is not None:
+            mix, update = mix.mul_(keep), update.mul_(keep)
+        states, state = Mix.apply(mix, update, enter)
         v = torch.baddbmm(v, erase, states.flatten(0, 1), alpha=-1)
-    total = torch.baddbmm(torch.bmm(scores, v), read, states.flatten(0, 1))
-    out = divide(total.view(b, h, n, p.chunk, e), p.normalise, m)
-    return out.flatten(2, 3)[:, :, :tokens], state.view(b, h, d, e), end
+    elif w.carry is not None:
+        update = torch.bmm(write.mT, v, out=memory("update", b * h * n, d, e)).view(b * h, n, d * e)
+        update[:, 0] += (start if w.first is None else _by_row(w.first, (b, h)) * start).flatten(1)
+        carry, before = w.carry.expand(b, h, n, n).reshape(b * h, n, n), enter.flatten(1)
+        states, state = _passed(carry, update, before, memory("states", b * h, n + 1, d * e))
+        states, state = states.unflatten(-1, (d, e)), state.unflatten(-1, (d, e))
+    else:
+        assert keep is not None
+        update = torch.bmm(write.mT, v).view(b * h, n, d, e)
+        states, state = Carry.apply(keep, update.mul_(keep) if w.factored else update, enter)
+    place = _place(target, p, tokens, e)
+    total = torch.baddbmm(v.new_empty(1, 1, 1) if place is None else place, scores, v, beta=0, alpha=p.scale, out=place)
+    total = torch.baddbmm(total, read, states.flatten(0, 1), alpha=p.scale, out=place)
+    state = state.view(b, h, d, e)
+    if target is not None and place is not None:
+        return target, state, w.end
+    out = divide(total.view(b, h, n, p.chunk, e), p.normalise, w.rows)
+    return out.flatten(2, 3)[:, :, :tokens], state, w.end
 
 
-@dataclass(slots=True)
-class _Decays:
-    """Weights by which tokens and states are seen; each broadcasts over ``(B, H, n)`` chunks, None stands for 1."""
-
-    pairs: Tensor | None = None  # (..., C, C): a token at another; 0 above the diagonal
-    since: Tensor | None = None  # (..., C): the state before the chunk at a token
-    until: Tensor | None = None  # (..., C): a token at the end of the chunk
-    keep: Tensor | None = None  # (...): the state before the chunk at its end
-    rows: Tensor | None = None  # (..., C): the log by which a token's sums are divided, with a gate
-    end: Tensor | None = None  # (B, H): m after the last chunk, with a gate
+def _passed(carry: Tensor, update: Tensor, enter: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
+    """States before the chunks of each row and after the last, from what each chunk writes, ``(R, n, D * E)``."""
+    if states is None:
+        later = torch.bmm(carry, update)
+        return torch.cat([enter[:, None], later[:, :-1]], 1), later[:, -1]
+    states[:, 0] = enter
+    torch.bmm(carry, update, out=states[:, 1:])
+    return states[:, :-1], states[:, -1]
 
 
-def _decays(p: Problem, decay: Tensor | None, n: int) -> _Decays:
-    """Decays per head or per token, with or without an input gate."""
-    tokens, c = p.q.shape[2], p.chunk
-    if decay is None:
-        if p.gate is None:
-            return _Decays()
-        decay = p.state.new_zeros(1)
-    if decay.dim() == 1:
-        decay = decay[None, :, None].expand(1, -1, c if tokens % c == 0 else tokens)
-    g = F.pad(decay, (0, -decay.shape[-1] % c)).unflatten(-1, (-1, c))
-    if p.gate is None or p.m is None:
-        prefix, suffix = _sums(g)
-        pairs, _ = Pairs.apply(g, None, None)
-        return _Decays(pairs, prefix.exp(), suffix.exp(), prefix[..., -1].exp())
-    gate = F.pad(p.gate.to(p.accumulate), (0, -tokens % c), value=-torch.inf).unflatten(-1, (-1, c))
-    g = g.expand(gate.shape)
-    prefix, suffix = _sums(g)
-    reach, whole = suffix + gate, prefix[..., -1]
-    maxima = [p.m]
-    for total, peak in zip(whole.detach().unbind(-1), reach.detach().amax(-1).unbind(-1), strict=True):
-        maxima.append(torch.maximum(total + maxima[-1], peak))
-    before, after = torch.stack(maxima[:-1], -1), finite(torch.stack(maxima[1:], -1))
-    since = prefix + before[..., None]
-    pairs, rows = Pairs.apply(g, gate, since.detach())
-    return _Decays(
-        pairs,
-        (since - rows).exp(),
-        (reach - after[..., None]).exp(),
-        (whole + before - after).exp(),
-        rows,
-        maxima[-1],
-    )
-
-
-def _sums(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Inclusive prefix and exclusive suffix sums over the last dimension."""
-    return g.cumsum(-1), F.pad(g.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
+def _place(target: Tensor | None, p: Problem, tokens: int, width: int) -> Tensor | None:
+    """The target as chunks ``(R, C, Dv)``, where products can be written into it."""
+    if target is None or tokens % p.chunk or target.dtype != p.accumulate or p.normalise or p.gate is not None:
+        return None
+    return target.view(-1, p.chunk, width) if target.is_contiguous() else None
 
 
 def _weighted(scores: Tensor, weights: Tensor | None, lead: tuple[int, int, int]) -> Tensor:
@@ -176,42 +202,100 @@ def _weighted(scores: Tensor, weights: Tensor | None, lead: tuple[int, int, int]
     return scores
 
 
-def _scaled(t: Tensor, weights: Tensor | None, lead: tuple[int, int, int]) -> Tensor:
-    """Rows of ``(R, C, W)`` times weights."""
-    return t if weights is None else (t.unflatten(0, lead) * weights[..., None]).flatten(0, 2)
+def _scaled(t: Tensor, weights: Tensor | None, lead: tuple[int, int, int], place: Tensor | None = None) -> Tensor:
+    """Rows of ``(R, C, W)`` times weights ``(..., n, C, 1|W)``."""
+    if weights is None:
+        return t
+    out = None if place is None else place.unflatten(0, lead)
+    return torch.mul(t.unflatten(0, lead), weights, out=out).flatten(0, 2)
 
 
-def _rows(t: Tensor, p: Problem) -> Tensor:
-    """``(B, H|Hkv, N, W)`` as chunks of every query head, ``(B * H * n, C, W)``, zeros behind the last token."""
-    b, h, tokens, _ = p.q.shape
-    t = t.to(p.accumulate)
-    if t.shape[1] != h:  # of one segment only: never of the whole sequence
-        t = t[:, :, None].expand(b, t.shape[1], h // t.shape[1], tokens, t.shape[3]).flatten(1, 2)
-    if tokens % p.chunk:
-        t = F.pad(t, (0, 0, 0, -tokens % p.chunk))
-    return t.reshape(-1, p.chunk, t.shape[3])
+def _fresh(name: str, *shape: int) -> None:
+    """No memory of its own: results are fresh."""
 
 
-def _segment_tokens(batch: int, heads: int, chunk: int) -> int:
-    return chunk * (1 + (_ROWS - 1) // (torch.sym_max(batch * heads, 1) * chunk))
+def _by_row(t: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """``(..., 1|D)`` as factors ``(R, 1|D, 1)`` of the rows of a state."""
+    return t.expand(*lead, t.shape[-1]).reshape(-1, t.shape[-1], 1)
 
 
-def _segments(p: Problem) -> Iterator[tuple[slice, int]]:
-    """Tokens of each segment and its chunk: whole chunks together, what is left over in a chunk of its own."""
+def _plus_identity(mix: Tensor, keep: Tensor | None) -> Tensor:
+    """``keep * I + mix``; the diagonal is added in place, which recording allows."""
+    mix.diagonal(dim1=-2, dim2=-1).add_(1.0 if keep is None else keep[..., 0])
+    return mix
+
+
+class _Span(NamedTuple):
+    """Segments whose chunks have one length: all whole chunks, or what is left over."""
+
+    chunk: int
+    segments: list[slice]
+    first: int  # number of the first segment
+    whole: bool
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a segment, the last one left out."""
+        return self.segments[0].stop - self.segments[0].start
+
+
+def _segment_tokens(chunk: int) -> int:
+    return chunk * (1 + (_ROWS - 1) // chunk)
+
+
+def _spans(p: Problem) -> Iterator[_Span]:
+    """The segments of a row of tokens: whole chunks together, what is left over in a chunk of its own."""
     b, h, n, _ = p.q.shape
     if not b * h:
         return
-    size, whole = _segment_tokens(b, h, p.chunk), n - n % p.chunk
-    for start in range(0, whole, size):
-        yield slice(start, min(start + size, whole)), p.chunk
+    size, whole = _segment_tokens(p.chunk), n - n % p.chunk
+    segments = [slice(start, min(start + size, whole)) for start in range(0, whole, size)]
+    if segments:
+        yield _Span(p.chunk, segments, 0, True)
     if n > whole:
-        yield slice(whole, n), 1 << (n - whole - 1).bit_length()
+        yield _Span(1 << (n - whole - 1).bit_length(), [slice(whole, n)], len(segments), False)
 
 
-def _part(p: Problem, at: slice, chunk: int, state: Tensor, m: Tensor | None) -> Problem:
-    """The problem of some tokens."""
-    decay = p.decay if p.decay is None or p.decay.dim() == 1 else p.decay[:, :, at]
-    beta, gate = (None if t is None else t[:, :, at] for t in (p.beta, p.gate))
-    starts = None if p.starts is None else p.starts[:, at]
-    q, k, v = (t[:, :, at] for t in (p.q, p.k, p.v))
-    return replace(p, q=q, k=k, v=v, decay=decay, beta=beta, gate=gate, state=state, m=m, starts=starts, chunk=chunk)
+def _groups(p: Problem, tokens: int, least: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the batch and the heads that go together: as many rows as a segment should have.
+
+    Args:
+        p: The problem.
+        tokens: Of a segment.
+        least: Heads that may not be parted: one, or those that share a key head.
+    """
+    b, h = p.q.shape[:2]
+    rows = max(_ROWS // tokens, 1)
+    fits = [x for x in range(1, h + 1) if h % x == 0 and x % least == 0 and (x % p.group == 0 or x == 1)]
+    heads = max([x for x in fits if x <= rows], default=least)
+    batch = max(rows // h, 1) if heads == h else 1
+    for i in range(0, b, batch):
+        for j in range(0, h, heads):
+            yield slice(i, i + batch), slice(j, j + heads)
+
+
+def _part(
+    p: Problem, rows: tuple[slice, slice], at: slice, chunk: int, state: Tensor, m: Tensor | None
+) -> Problem:
+    """The problem of some rows and tokens."""
+    q, k, v, decay, beta, gate = _part_of(p.tensors, rows, at, p.group)
+    assert q is not None and k is not None and v is not None
+    starts = None if p.starts is None else p.starts[rows[0] if p.starts.shape[0] > 1 else slice(None), at]
+    before = None if m is None else m[rows]
+    return replace(
+        p, q=q, k=k, v=v, decay=decay, beta=beta, gate=gate, starts=starts, chunk=chunk, state=state[rows], m=before
+    )
+
+
+def _part_of(
+    tensors: list[Tensor | None], rows: tuple[slice, slice], at: slice, group: int
+) -> list[Tensor | None]:
+    """Views of tensors in the order of ``Problem.tensors``; the state is left out."""
+    batch, heads = rows
+    shared = slice(heads.start // group, -(-heads.stop // group))
+    out: list[Tensor | None] = []
+    for i, t in enumerate(tensors[:-1]):
+        if t is not None:
+            t = t[heads] if t.dim() == 1 else t[batch, shared if i in (1, 2) else heads, at]
+        out.append(t)
+    return out

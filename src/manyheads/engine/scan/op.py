@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ...common.errors import UnsupportedError
 from ..autocast import casting
-from . import blocked, check, reference
+from . import blocked, check, launch, reference
 from .problem import Problem, accumulate, starts_of
 
-BACKENDS: dict[str, Any] = {"blocked": blocked, "reference": reference}
+BACKENDS: dict[str, Any] = {"triton": launch, "blocked": blocked, "reference": reference}
 
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor? gate, Tensor state, Tensor? m, Tensor? lens, "
@@ -24,7 +24,8 @@ _ARGS = (
 _library = torch.library.Library("manyheads", "FRAGMENT")
 _library.define(f"scan({_ARGS}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"scan_backward(Tensor? dout, Tensor? dstate, Tensor states, Tensor maxima, bool[] wants, {_ARGS}) -> Tensor[]"
+    "scan_backward(Tensor? dout, Tensor? dstate, Tensor states, Tensor maxima, Tensor? out, bool[] wants, "
+    f"{_ARGS}) -> Tensor[]"
 )
 _TENSORS = 7  # the first arguments: those that may take gradients
 
@@ -59,28 +60,47 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(
-    dout: Tensor | None, dstate: Tensor | None, states: Tensor, maxima: Tensor, wants: list[bool], *args: Any
+    dout: Tensor | None,
+    dstate: Tensor | None,
+    states: Tensor,
+    maxima: Tensor,
+    out: Tensor | None,
+    wants: list[bool],
+    *args: Any,
 ) -> list[Tensor]:
     *given, backend = args
-    grads: list[Tensor | None] = BACKENDS[backend].backward(_problem(*given), (states, maxima), dout, dstate, wants)
+    saved = (states, maxima, out) if backend == "triton" else (states, maxima)
+    grads: list[Tensor | None] = BACKENDS[backend].backward(_problem(*given), saved, dout, dstate, wants)
     return [states.new_zeros(0) if g is None else g.clone() if dstate is g else g.contiguous() for g in grads]
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     q, _, v, *_, state, m, _, _, _, chunk, backend, save = args
     (b, h, n, _), acc = q.shape, accumulate(q.dtype)
-    saved = blocked.checkpoints(b, h, n, chunk) if save and backend == "blocked" else 0
+    kept = [(0,), (0,)]
+    dtype = state.dtype
+    if backend == "blocked":
+        saved = blocked.checkpoints(b, h, n, chunk) if save else 0
+        kept = [(saved, *state.shape), (saved if m is not None else 0, b, h)]
+    elif backend == "triton" and save:
+        dtype, kept = launch.saved(q, v, chunk, state.shape[3] > v.shape[3], m is not None)
     return (
         v.new_empty(b, h, n, v.shape[3]),
         state.new_empty(state.shape),
         q.new_empty((0,) if m is None else (b, h), dtype=acc),
-        state.new_empty(saved, *state.shape) if backend == "blocked" else state.new_empty(0),
-        state.new_empty(saved if m is not None else 0, b, h) if backend == "blocked" else state.new_empty(0),
+        state.new_empty(kept[0], dtype=dtype),
+        state.new_empty(kept[1]),
     )
 
 
 def _fake_backward(
-    dout: Tensor | None, dstate: Tensor | None, states: Tensor, maxima: Tensor, wants: list[bool], *args: Any
+    dout: Tensor | None,
+    dstate: Tensor | None,
+    states: Tensor,
+    maxima: Tensor,
+    out: Tensor | None,
+    wants: list[bool],
+    *args: Any,
 ) -> list[Tensor]:
     return [
         t.new_empty(t.shape) if t is not None and w else states.new_empty(0)
@@ -97,18 +117,20 @@ class _Recorded(torch.autograd.Function):
         with _below_autograd():
             out, state, end, states, maxima = op(*tensors, m, lens, *rest, True)
         ctx.rest = rest
-        ctx.save_for_backward(m, lens, states, maxima, *tensors)
+        backend, normalise = rest[-1], rest[1]
+        divided = out if backend == "triton" and normalise else None  # its gradient is that of a quotient
+        ctx.save_for_backward(m, lens, states, maxima, divided, *tensors)
         ctx.mark_non_differentiable(end, states, maxima)
         return out, state, end, states, maxima
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        m, lens, states, maxima, *tensors = ctx.saved_tensors
+        m, lens, states, maxima, out, *tensors = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[3:])
         if grads[0] is None and grads[1] is None:
             return (None,) * (3 + len(tensors))
         backward = torch.ops.manyheads.scan_backward.default
-        found = backward(grads[0], grads[1], states, maxima, wants, *tensors, m, lens, *ctx.rest)
+        found = backward(grads[0], grads[1], states, maxima, out, wants, *tensors, m, lens, *ctx.rest)
         return None, None, None, *[g if w else None for g, w in zip(found, wants, strict=True)]
 
 

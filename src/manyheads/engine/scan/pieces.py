@@ -1,8 +1,9 @@
 """The differentiable pieces of a chunk: decays between pairs, scores under a decay per channel, the pass over states.
 
 Exponents are sums of log decays over the tokens between two places, never differences of longer sums: those would
-lose their digits next to a decay of -1e4, and overflow where ``exp(-sum)`` is taken. A chunk's sums are built by
-doubling: what crosses the middle of a block is a suffix of its left half and a prefix of its right half.
+lose their digits next to a decay of -1e4, and overflow where ``exp(-sum)`` is taken. With a decay per channel a
+chunk's sums are built by doubling: what crosses the middle of a block is a suffix of its left half and a prefix of
+its right half.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from .problem import Problem
 
 _BITS = math.log2(math.e)  # exponents in powers of two: the exponential that is several times as fast on a CPU
+_NEVER = -1e30  # a log weight of nothing that may be multiplied by zero
 
 
 class Pairs(torch.autograd.Function):
@@ -28,19 +33,14 @@ class Pairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, gate: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights and row maxima."""
-        log = g.new_full((*g.shape, g.shape[-1]), -torch.inf)
-        log.diagonal(dim1=-2, dim2=-1).zero_()
-        bits = gate is None  # large gates would lose digits by the change of base
-        for s, prefix, suffix in _levels((g * _BITS if bits else g)[..., None]):
-            right, left = prefix[..., 1, :, 0].mT, suffix[..., 0, :, 0].mT  # (..., s, blocks)
-            torch.add(right[..., :, None, :], left[..., None, :, :], out=_crossing(log, s))
         rows = g.new_zeros(())
-        if gate is not None and before is not None:
-            log += gate[..., None, :]
+        if gate is None or before is None:
+            weights = without_tiny(sums_between(g * _BITS).exp2_()).tril_()
+        else:  # large gates would lose digits by the change of base
+            log = logs_between(g).add_(gate[..., None, :])
             rows = torch.maximum(log.amax(-1), before)
             rows.masked_fill_(rows == -torch.inf, 0.0)
-            log -= rows[..., None]
-        weights = log.exp2_() if bits else log.exp_()
+            weights = without_tiny(log.sub_(rows[..., None]).exp_())
         ctx.save_for_backward(weights)
         ctx.mark_non_differentiable(rows)
         return weights, rows
@@ -53,12 +53,40 @@ class Pairs(torch.autograd.Function):
         dgate = dlog.sum(-2) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, dgate, None
-        parts = []
-        for s in _sizes(weights.shape[-1]):
-            block = _crossing(dlog, s)
-            parts.append((s, block.sum(-2).mT[..., None], block.sum(-3).mT[..., None]))
-        none = weights.new_zeros(*weights.shape[:-1], 1)
-        return _gradient_of_levels(none, none, parts)[..., 0], dgate, None
+        lower = _lower(weights)
+        passed = torch.matmul(dlog, lower.tril(-1).T)  # at (i, t): what row i sees of the tokens before t
+        return passed.mul_(lower).sum(-2), dgate, None
+
+
+def sums_between(g: Tensor) -> Tensor:
+    """``sum_{j<t<=i} g_t`` for ``g (..., C)`` and ``j <= i``, else 0: a product with zeros and ones.
+
+    Only what lies between two places is added, so nothing is lost next to a large term. ``-inf`` counts as -1e30.
+    """
+    lower = _lower(g)
+    return torch.matmul(lower * g.clamp(min=_NEVER)[..., None, :], lower.tril(-1))
+
+
+def logs_between(g: Tensor) -> Tensor:
+    """The same, ``-inf`` above the diagonal and where a ``-inf`` lies between."""
+    log = sums_between(g)
+    return log.masked_fill_((log < _NEVER / 2) | ~_lower(g).bool(), -torch.inf)
+
+
+def without_tiny(weights: Tensor) -> Tensor:
+    """Weights with 0 where products with them could be subnormal numbers, which take a hundred times as long."""
+    return F.threshold(weights, 1e8 * torch.finfo(weights.dtype).tiny, 0.0)
+
+
+def rows_of(t: Tensor, p: Problem) -> Tensor:
+    """``(B, H|Hkv, N, W)`` as chunks of every query head, ``(B * H * n, C, W)``, zeros behind the last token."""
+    b, h, tokens, _ = p.q.shape
+    t = t.to(p.accumulate)
+    if t.shape[1] != h:  # of one segment only: never of the whole sequence
+        t = t[:, :, None].expand(b, t.shape[1], h // t.shape[1], tokens, t.shape[3]).flatten(1, 2)
+    if tokens % p.chunk:
+        t = F.pad(t, (0, 0, 0, -tokens % p.chunk))
+    return t.reshape(-1, p.chunk, t.shape[3])
 
 
 class Channels(torch.autograd.Function):
@@ -218,3 +246,8 @@ def _crossing(square: Tensor, s: int) -> Tensor:
     """A view ``(..., s, s, blocks)`` of ``(..., C, C)``: rows in right halves and columns in left halves of blocks."""
     blocks = square.unflatten(-1, (-1, 2 * s)).unflatten(-3, (-1, 2 * s))
     return blocks.diagonal(dim1=-4, dim2=-2)[..., s:, :s, :]
+
+
+def _lower(like: Tensor) -> Tensor:
+    """Ones on and below the diagonal of a square of the last dimension."""
+    return like.new_ones(like.shape[-1], like.shape[-1]).tril_()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...common import checks
 from ...common.errors import UnsupportedError, unknown
+from ...common.scopes import refuse_inside
 from ...mask.base import Mask
 from ...mask.layout import TileLayout
 from ..result import Attn
@@ -99,6 +100,7 @@ def tiled(
         >>> tiled(q, k, v, mh.Causal()).shape
         torch.Size([1, 2, 8, 4])
     """
+    refuse_inside("tiled")
     checks.attention_inputs(q, k, v)
     checks.options(q, k, scale=scale, softcap=softcap, sink=sink, dropout_p=dropout_p, skip_threshold=skip_threshold)
     if return_lse and not weight_named(weight).normalised:
@@ -119,7 +121,7 @@ def tiled(
         if sharded:
             key_padding = sharding.replicated(key_padding, sharding.plan_of(q, k, v).mesh)
         k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
-    chosen = _backend(backend, q, v, terms)
+    chosen = _backend(backend, q, v, terms, weight_named(weight).name)
     mask_text, mask_data = _flat(mask, q, k, (q_pos, k_pos))
     out, lse = op(
         q,
@@ -140,6 +142,8 @@ def tiled(
         float(skip_threshold or 0.0),
         weight,
         tile or (_SKIP_TILE if skip_threshold and chosen != "triton" else _ANY_TILE),
+        (0, 0),
+        False,
         chosen,
     )
     return Attn(out, lse) if return_lse else out
@@ -166,12 +170,12 @@ def refuse(backend: str, device: str) -> list[str]:
     return launch.refuse(device) if backend == "triton" else []
 
 
-def _backend(name: str, q: Tensor, v: Tensor, terms: tuple[Term, ...]) -> str:
+def _backend(name: str, q: Tensor, v: Tensor, terms: tuple[Term, ...], weight: str) -> str:
     """The backend that a call gets: on a GPU the kernels where they can take it, else blocked."""
     if name not in ("auto", *BACKENDS):
         raise unknown("backend of tiled", name, ["auto", *BACKENDS])
     if name == "triton" or (name == "auto" and q.device.type == "cuda"):
-        reasons = launch.refuse(q.device.type) + launch.refuse_call(q, v, terms)
+        reasons = launch.refuse(q.device.type) + launch.refuse_call(q, v, terms, weight)
         if not reasons:
             return "triton"
         if name == "triton":

@@ -53,6 +53,10 @@ class Term:
         """Adds the gradient of the tensor from ``ds (b, h, M, C)`` on a rectangle into ``grad``."""
         raise NotImplementedError
 
+    def total(self, accumulate: torch.dtype) -> torch.dtype:
+        """The dtype in which the gradient is summed."""
+        return torch.float64 if self.reduces else accumulate
+
     def text(self) -> str:
         """Names the kind and its static parameters, so that a term can pass through an operator."""
         return self.kind

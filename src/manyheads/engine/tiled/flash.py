@@ -44,8 +44,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     q, scale = folded(q, p.scale)
     if plan.single:  # a small call: no copies
         out, lse = _piece(plan, pieces_of(plan, 0)[0], q, k, v, scale)
-        return _with_sink(p, out if d <= dv else out[..., :dv], lse)
-    out = p.v.new_empty(b, h, nq, v.shape[3])
+        return _with_sink(p, (out if d <= dv else out[..., :dv]).to(p.result(p.v.dtype)), lse)
+    out = p.v.new_empty(b, h, nq, v.shape[3], dtype=p.result(p.v.dtype))
     lse = p.q.new_empty(b, h, nq, dtype=p.accumulate)
     for group in plan.groups(b, h, p.group):
         keys, values = k[group.b, kv_heads(group.h, p.group)], v[group.b, kv_heads(group.h, p.group)]
@@ -82,7 +82,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     """Gradients from the saved output and log-normaliser."""
     plan = plan_of(p.layout)
     d, dv = p.q.shape[3], p.v.shape[3]
-    v = p.v
+    out, v = out.to(p.v.dtype), p.v
     if dlse is not None:
         head = dlse.to(out.dtype)
         rest = (dlse - head).to(out.dtype)  # what a half-precision column would lose
@@ -94,7 +94,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     if q.shape[3] > out.shape[3]:
         out, dout = (pad(t, (0, q.shape[3] - t.shape[3])) for t in (out, dout))
     lse = lse.masked_fill(lse == -math.inf, 0.0)
-    dq = torch.zeros_like(q)
+    dq = torch.zeros_like(q, dtype=p.result(q.dtype))
     dk, dv_ = (torch.zeros_like(t, dtype=p.accumulate) for t in (k, v))
     for group in plan.groups(p.q.shape[0], p.q.shape[1], p.group):
         kv = kv_heads(group.h, p.group)
@@ -112,7 +112,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
             scatter(dv_[group.b, kv], grads[2], part.segments)
     if scale != p.scale:
         dq.mul_(p.scale)
-    return Grads(dq[..., :d], dk[..., :d].to(p.k.dtype), dv_[..., :dv].to(p.v.dtype))
+    return Grads(dq[..., :d], dk[..., :d].to(p.result(p.k.dtype)), dv_[..., :dv].to(p.result(p.v.dtype)))
 
 
 def _piece(plan: Plan, part: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def _merge_into(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Non
     both = torch.logaddexp(lse, more_lse)
     share = torch.exp(more_lse - both.masked_fill(both == -math.inf, 0.0))[..., None]
     if out.dtype == share.dtype:
-        out.lerp_(more, share)
+        out.lerp_(more.to(out.dtype), share)
     else:
         out.copy_(out.to(share.dtype).lerp_(more.to(share.dtype), share))
     lse.copy_(both)

@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
 import math
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...common.tracing import constant
+from ...common.errors import UnsupportedError
 from ...mask.layout import TileLayout
+from ..configs import Config, choose
+from ..gpu import architecture, interpreted, launch, padded, readable, refuse_inputs, row_products, tf32
+from ..gpu import refuse as refuse
 from . import configs, slots
 from .bias import Block, Term
-from .configs import Config
 from .problem import Grads, Problem
 from .rows import Rows, by_keys, by_queries, fitting, packs, work_of
 
 _STRIP_BYTES = 256 << 20  # score gradients that are held at once for the gradients of a bias
-_FAR = 1 << 23  # elements between two tokens; a tile of 256 would leave the 32 bits in which kernels count inside it
 
 
-@constant
-def refuse(device: str) -> list[str]:
-    """Why no kernel can run on a type of device; empty when one can."""
-    if importlib.util.find_spec("triton") is None:
-        return ["triton is not installed; `pip install manyheads[triton]`"]
-    if device == "cpu" and not interpreted():
-        return ["its kernels need a GPU; tests run them on a CPU in Triton's interpreter (TRITON_INTERPRET=1)"]
-    if device not in ("cpu", "cuda"):
-        return [f"it has no kernels for {device}"]
-    return []
-
-
-def refuse_call(q: Tensor, v: Tensor, terms: Any = ()) -> list[str]:
-    """Why the kernels cannot take some tensors; empty when they can."""
-    reasons = []
-    if q.dtype == torch.float64:
-        reasons.append("float64 has no matrix instruction; use backend='blocked'")
-    if not 0 < q.shape[3] <= 256 or not 0 < v.shape[3] <= 256:
-        reasons.append(f"head widths from 1 to 256, got D = {q.shape[3]} and Dv = {v.shape[3]}")
-    return reasons + slots.refuse(terms)
-
-
-@functools.cache
-def interpreted() -> bool:
-    """Whether this process runs kernels in Triton's interpreter."""
-    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
-        return False
-    from triton.runtime import JITFunction
-
-    return not isinstance(_kernels().forward, JITFunction)
+def refuse_call(q: Tensor, v: Tensor, terms: Any = (), weight: str = "softmax") -> list[str]:
+    """Why the kernels cannot take some tensors or a weight; empty when they can."""
+    reasons = [f"no kernel has the weight {weight!r}; use backend='blocked'"] if weight == "cone" else []
+    return reasons + refuse_inputs(q, v) + slots.refuse(terms)
 
 
 def kind_of(bias: Iterable[str], softcap: float, dropout_p: float, skip_threshold: float, weight: str) -> str:
@@ -88,18 +60,19 @@ def describe(q: Tensor, v: Tensor, kind: str) -> str:
     for kernel in configs.KERNELS:
         c = _config(kernel, q, v, kind)
         parts.append(f"{kernel} {c.bm} x {c.bn}, {c.warps} warps, {c.stages} stages ({c.source})")
-    return f"{kind} kernels for {_architecture(q.device)}: " + "; ".join(parts)
+    return f"{kind} kernels for {architecture(q.device)}: " + "; ".join(parts)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-normaliser of a problem."""
     b, h, nq, _ = p.q.shape
-    out = p.v.new_empty(b, h, nq, p.v.shape[3])
+    _check_origin(p)
+    out = p.v.new_empty(b, h, nq, p.v.shape[3], dtype=p.result(p.v.dtype))
     lse = torch.empty(b, h, nq, dtype=torch.float32, device=p.q.device)
     if not out.numel() or not p.k.shape[2]:
         return out.zero_(), _empty_lse(p, lse)
     call = _Call(p, "forward", p.layout)
-    values = out if p.v.dtype == call.v.dtype else torch.empty_like(out, dtype=call.v.dtype)
+    values = out if p.wide or p.v.dtype == call.v.dtype else torch.empty_like(out, dtype=call.v.dtype)
     config = call.config
     turn = _programs(p.q.device, config) if config.persistent else 0
     work = call.work(turn)
@@ -123,7 +96,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Gradients of a problem: queries by query tiles, keys and values by key tiles, without atomics."""
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (p.q, p.k, p.v))
+    _check_origin(p)
+    dq, dk, dv = (torch.empty(t.shape, dtype=p.result(t.dtype), device=t.device) for t in (p.q, p.k, p.v))
     if not p.q.shape[:3].numel() or not p.k.shape[2] or not p.k.shape[:2].numel():
         return _no_grads(p)
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
@@ -138,7 +112,8 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     skipped = rows.nothing
     if p.skip_threshold:
         skipped = torch.zeros(*p.q.shape[:2], *rows.layout.grid, dtype=torch.uint8, device=p.q.device)
-    got = [torch.empty_like(g, dtype=rows.q.dtype) if g.dtype != rows.q.dtype else g for g in (dq, dk, dv)]
+    kept = p.wide or rows.q.dtype == p.q.dtype
+    got = [g if kept else torch.empty_like(g, dtype=rows.q.dtype) for g in (dq, dk, dv)]
     rows.rows_pass(0, given | {"dq": got[0], "skipped": skipped})
     keys = _Call(p, "keys_backward", rows.layout if p.skip_threshold else p.layout, dout)
     work = keys.work()
@@ -159,23 +134,14 @@ def _delta(p: Problem, rows: _Call, out: Tensor, lse: Tensor, dlse: Tensor | Non
     """
     if not p.weight.normalised:
         return torch.zeros_like(lse)
-    if p.q.dtype.itemsize == 2 and p.weight.softmax and (p.sink is not None or (p.terms and p.bias_grads)):
+    if out.dtype.itemsize == 2 and p.weight.softmax and (p.sink is not None or (p.terms and p.bias_grads)):
         delta = torch.zeros_like(lse)
         clean = lse.masked_fill(lse == -math.inf, math.inf)
         rows.rows_pass(1, {"lse": clean, "delta": delta, "dq": rows.nothing, "skipped": rows.nothing})
     else:
-        delta = torch.empty_like(lse)
         dout = rows.dout
         assert dout is not None
-        kernel = _kernels().row_products
-        width = dout.shape[3]
-        n = lse.numel()
-        out = out.to(dout.dtype).contiguous()
-        with _on(lse.device):
-            kernel[(-(-n // 64),)](
-                dout, out, delta, *dout.stride()[:3], n, lse.shape[1], lse.shape[2],
-                WIDTH=width, PADDED=_padded(width), ROWS=64,
-            )  # fmt: skip
+        delta = row_products(dout, readable(out).contiguous())
     if dlse is not None:
         delta = delta - dlse.to(delta.dtype)
     return delta.masked_fill(lse == -math.inf, 0.0)  # whatever came in for rows that see nothing
@@ -183,7 +149,7 @@ def _delta(p: Problem, rows: _Call, out: Tensor, lse: Tensor, dlse: Tensor | Non
 
 def _term_grads(p: Problem, rows: _Call, given: dict[str, Any]) -> list[Tensor]:
     """Gradients of the biases from strips of score gradients, by the terms' own rule."""
-    totals = [torch.zeros_like(t.tensor, dtype=torch.float64 if t.reduces else torch.float32) for t in p.terms]
+    totals = [torch.zeros_like(t.tensor, dtype=t.total(torch.float32)) for t in p.terms]
     if p.terms and p.bias_grads:
         (b, h, nq, _), nk, bm = p.q.shape, p.k.shape[2], rows.layout.tile[0]
         tiles = max(1, _STRIP_BYTES // (4 * b * h * nk * bm))
@@ -196,7 +162,7 @@ def _term_grads(p: Problem, rows: _Call, given: dict[str, Any]) -> list[Tensor]:
             at = Block(slice(0, b), slice(0, h), slice(row0, row1), cols, p.q_pos[:, row0:row1], p.k_pos)
             for term, total in zip(p.terms, totals, strict=True):
                 term.accumulate(total, ds, at)
-    return [total.to(t.tensor.dtype) for total, t in zip(totals, p.terms, strict=True)]
+    return [total.to(p.term_result(t)) for total, t in zip(totals, p.terms, strict=True)]
 
 
 class _Call:
@@ -212,8 +178,8 @@ class _Call:
         self.rows: Rows = (by_keys if keys else by_queries)(self.layout, device)
         # heads of a pack would be skipped together
         self.pack = 1 if p.skip_threshold else packs(self.layout, p.group)
-        self.q, self.k, self.v = (_readable(t) for t in (p.q, p.k, p.v))
-        self.dout = None if dout is None else _readable(dout)
+        self.q, self.k, self.v = (readable(t) for t in (p.q, p.k, p.v))
+        self.dout = None if dout is None else readable(dout)
         self.slots = slots.slots_of([_replaced(t) for t in p.terms] if interpreted() else p.terms)
         self.nothing = torch.empty(1, device=device)  # stands for what is not there; never read
 
@@ -241,9 +207,7 @@ class _Call:
     def launch(self, kernel: Any, programs: int, given: dict[str, Any]) -> None:
         """Calls a kernel with what it shares with the others and what is its own."""
         arguments = self._shared() | given
-        used = {name: arguments[name] for name in kernel.arg_names}
-        with _on(self.p.q.device):
-            kernel[(programs,)](**used, num_warps=self.config.warps, num_stages=self.config.stages)
+        launch(kernel, (programs,), arguments, self.config)
 
     def _shared(self) -> dict[str, Any]:
         p, rows = self.p, self.rows
@@ -266,14 +230,14 @@ class _Call:
         arguments |= {
             "nq": p.q.shape[2], "nk": p.k.shape[2], "heads": p.q.shape[1], "group": p.group, "scale": float(p.scale),
             "softcap": float(p.softcap), "dropped": int(p.dropout_p * 2**31),
-            "seed": (p.seed ^ (p.seed >> 32)) & 0x7FFFFFFF, "keep_scale": 1.0 / (1.0 - p.dropout_p),
+            "seed": ((p.seed ^ (p.seed >> 32)) & 0x7FFFFFFF) + p.origin[0], "keep_scale": 1.0 / (1.0 - p.dropout_p),
             "floor": math.log(p.skip_threshold) if p.skip_threshold else 0.0,
         }  # fmt: skip
         return arguments | {
-            "D": d, "BD": _padded(d), "DV": dv, "BDV": _padded(dv), "BM": bm, "BN": bn, "PACK": self.pack,
-            "ROWS": _padded(bm * self.pack), "COLS": _padded(bm * self.pack), "FAST": fast, "WEIGHT": p.weight.name,
+            "D": d, "BD": padded(d), "DV": dv, "BDV": padded(dv), "BM": bm, "BN": bn, "PACK": self.pack,
+            "ROWS": padded(bm * self.pack), "COLS": padded(bm * self.pack), "FAST": fast, "WEIGHT": p.weight.name,
             "SOFTCAP": p.softcap > 0, "DROPOUT": p.dropout_p > 0, "SKIP": p.skip_threshold > 0,
-            "PRECISION": "tf32" if _tf32(p.q) else "ieee",
+            "PRECISION": "tf32" if tf32(p.q) else "ieee",
         }  # fmt: skip
 
 
@@ -288,26 +252,16 @@ def _positions(p: Problem, nothing: Tensor) -> dict[str, Any]:
     return found
 
 
-def _readable(t: Tensor) -> Tensor:
-    """With neighbouring entries of the last dimension; the interpreter has no bfloat16."""
-    t = t.to(torch.float32) if t.dtype == torch.bfloat16 and interpreted() else t
-    if t.dim() == 4 and t.stride(2) >= _FAR:
-        return t.contiguous()
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 and t.is_contiguous() else t.contiguous()
-
-
 def _replaced(term: Term) -> Term:
-    return replace(term, tensor=_readable(term.tensor))  # type: ignore[type-var]
+    return replace(term, tensor=readable(term.tensor))  # type: ignore[type-var]
 
 
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _tf32(q: Tensor) -> bool:
-    """Whether the caller has allowed float32 products of reduced precision, by torch's own switch."""
-    # the older function raises once somebody has used this switch
-    return q.dtype == torch.float32 and q.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+def _check_origin(p: Problem) -> None:
+    if p.dropout_p and p.origin[1]:
+        raise UnsupportedError(
+            f"backend 'triton': its dropout counts heads from 0, and this call begins at head {p.origin[1]} of a "
+            "larger one; use backend='blocked'"
+        )
 
 
 def _empty_lse(p: Problem, lse: Tensor) -> Tensor:
@@ -318,9 +272,10 @@ def _empty_lse(p: Problem, lse: Tensor) -> Tensor:
 
 
 def _no_grads(p: Problem) -> Grads:
-    zero = [torch.zeros_like(t) for t in (p.q, p.k, p.v)]
+    zero = [torch.zeros_like(t, dtype=p.result(t.dtype)) for t in (p.q, p.k, p.v)]
     sink = None if p.sink is None else torch.zeros_like(p.sink)
-    return Grads(zero[0], zero[1], zero[2], sink, [torch.zeros_like(t.tensor) for t in p.terms])
+    terms = [torch.zeros_like(t.tensor, dtype=p.term_result(t)) for t in p.terms]
+    return Grads(zero[0], zero[1], zero[2], sink, terms)
 
 
 @functools.cache
@@ -330,21 +285,11 @@ def _kernels() -> Any:
     return kernels
 
 
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "sm_90"
-    if torch.version.hip is not None:
-        return configs.family("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-    major, minor = torch.cuda.get_device_capability(device)
-    return configs.family("cuda", 10 * major + minor)
-
-
 def _config(kernel: str, q: Tensor, v: Tensor, kind: str) -> Config:
     if interpreted():
         # numpy rounds products of different shapes differently; in one shape, weights agree with their lse as on a GPU
         kernel = "forward"
-    return configs.choose(kernel, _architecture(q.device), max(q.shape[3], v.shape[3]), q.element_size(), kind)
+    return choose(kernel, architecture(q.device), max(q.shape[3], v.shape[3]), q.element_size(), kind)
 
 
 def _programs(device: torch.device, config: Config) -> int:
@@ -352,12 +297,3 @@ def _programs(device: torch.device, config: Config) -> int:
     if device.type == "cpu":
         return 4 * config.persistent
     return torch.cuda.get_device_properties(device).multi_processor_count * config.persistent
-
-
-@contextlib.contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            yield
-    else:
-        yield

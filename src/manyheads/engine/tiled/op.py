@@ -29,7 +29,7 @@ BACKENDS: dict[str, Any] = {"triton": launch, "blocked": blocked, "reference": r
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, str mask, Tensor[] mask_data, Tensor? q_pos, Tensor? k_pos, Tensor? key_padding, "
     "str bias, Tensor[] bias_data, Tensor? sink, float scale, float softcap, float dropout_p, Tensor? seed, "
-    "float skip_threshold, str weight, int[] tile, str backend"
+    "float skip_threshold, str weight, int[] tile, int[] origin, bool wide, str backend"
 )
 _library = torch.library.Library("manyheads", "FRAGMENT")
 _library.define(f"tiled({_ARGS}) -> (Tensor, Tensor)")
@@ -57,6 +57,8 @@ def _problem(
     skip_threshold: float,
     weight: str,
     tile: Sequence[int],
+    origin: Sequence[int],
+    wide: bool,
     backend: str,
     backward: bool = False,
     bias_grads: bool = True,
@@ -98,6 +100,8 @@ def _problem(
         skip_threshold,
         bias_grads,
         skip_threshold > 0 or mask.startswith("layout("),
+        (origin[0], origin[1]),
+        wide,
     )
 
 
@@ -125,15 +129,18 @@ def _backward(
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     b, h, n, _ = q.shape
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return v.new_empty(b, h, n, v.shape[3]), q.new_empty(b, h, n, dtype=acc)
+    return v.new_empty(b, h, n, v.shape[3], dtype=acc if args[-2] else v.dtype), q.new_empty(b, h, n, dtype=acc)
 
 
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_grads: bool, *args: Any
 ) -> list[Tensor]:
     q, k, v, bias_data, sink = args[0], args[1], args[2], args[9], args[10]
-    inputs = [q, k, v, *([] if sink is None else [sink]), *bias_data]
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+    wide = args[-2]
+    inputs = [(t, lse.dtype if wide else t.dtype) for t in (q, k, v)]
+    inputs += [] if sink is None else [(sink, sink.dtype)]
+    inputs += [(t.tensor, t.total(lse.dtype) if wide else t.tensor.dtype) for t in biases.unflatten(args[8], bias_data)]
+    return [torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t, dtype in inputs]
 
 
 class _Recorded(torch.autograd.Function):
@@ -208,7 +215,7 @@ def call_plain(
     q: Tensor, k: Tensor, v: Tensor, mask: str, data: list[Tensor], scale: float, backend: str, grads: bool
 ) -> tuple[Tensor, Tensor]:
     """The operator without options; where nothing needs gradients, past the layer that would record them."""
-    rest: tuple[Any, ...] = ("", [], None, scale, 0.0, 0.0, None, 0.0, "softmax", (0, 0), backend)
+    rest: tuple[Any, ...] = ("", [], None, scale, 0.0, 0.0, None, 0.0, "softmax", (0, 0), (0, 0), False, backend)
     if grads:
         return op(q, k, v, mask, data, None, None, None, *rest)
     with _below_autograd():

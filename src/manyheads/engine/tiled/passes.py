@@ -48,7 +48,7 @@ class Chunk(NamedTuple):
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-normaliser; the second is meaningless for weights that are not normalised."""
     plan = plan_of(p.layout)
-    out = p.v.new_empty(*p.q.shape[:3], p.v.shape[3])
+    out = p.v.new_empty(*p.q.shape[:3], p.v.shape[3], dtype=p.result(p.v.dtype))
     lse = p.q.new_empty(p.q.shape[:3], dtype=p.accumulate)
     for strip in _strips(p, plan):
         at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
@@ -61,7 +61,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     plan = plan_of(p.layout)
     acc = p.accumulate
     dq, dk, dv = (torch.zeros_like(t, dtype=acc) for t in (p.q, p.k, p.v))
-    dterms = [torch.zeros_like(t.tensor, dtype=torch.float64 if t.reduces else acc) for t in p.terms]
+    dterms = [torch.zeros_like(t.tensor, dtype=t.total(acc)) for t in p.terms]
     delta = _delta(p, plan, out, lse, dout)
     if dlse is not None:
         delta = delta - dlse.to(acc)
@@ -82,8 +82,9 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     dsink = None
     if p.sink is not None:
         dsink = -(torch.exp(p.sink.double()[:, None] - lse) * delta).sum((0, 2)).to(p.sink.dtype)
-    terms = [g.to(t.tensor.dtype) for g, t in zip(dterms, p.terms, strict=True)]
-    return Grads(dq.to(p.q.dtype), dk.to(p.k.dtype), dv.to(p.v.dtype), dsink, terms)
+    terms = [g.to(p.term_result(t)) for g, t in zip(dterms, p.terms, strict=True)]
+    dq, dk, dv = (g.to(p.result(t.dtype)) for g, t in ((dq, p.q), (dk, p.k), (dv, p.v)))
+    return Grads(dq, dk, dv, dsink, terms)
 
 
 # --- forward of one strip ---------------------------------------------------------------------------------------
@@ -148,6 +149,8 @@ def _weighted(p: Problem, strip: Strip, chunk: Chunk, weights: Tensor) -> Tensor
     if p.dropout_p:
         weights = weights * _kept(p, strip, chunk)
     v = _flat(fetch(p.v[strip.b, strip.kv], chunk.segments))
+    if p.wide and p.terms:
+        v = v.to(p.accumulate)  # rounded weights would show in the gradients of a bias, which use this output
     return products.average(_stacked(weights, p), v).view(*weights.shape[:3], v.shape[2])
 
 
@@ -155,9 +158,10 @@ def _delta(p: Problem, plan: Plan, out: Tensor, lse: Tensor, dout: Tensor) -> Te
     """``sum_j w_ij (dout_i . v_j)`` for every row: ``dout . out``, unless rounding of ``out`` would show.
 
     Gradients of a bias or a sink add whole rows up, where the rounding of a half-precision output does not cancel;
-    for these the sum is taken over the scores themselves, at the price of one more visit.
+    for these the sum is taken over the scores themselves, at the price of one more visit. (Of a part of the keys it
+    could not be: who computes in parts brings an output that was not rounded.)
     """
-    if p.q.dtype.itemsize > 2 or not p.weight.softmax or not ((p.terms and p.bias_grads) or p.sink is not None):
+    if out.dtype.itemsize > 2 or not p.weight.softmax or not ((p.terms and p.bias_grads) or p.sink is not None):
         return (dout.double() * out).sum(-1).to(p.accumulate)
     delta = torch.zeros_like(lse)
     for strip in _strips(p, plan):
@@ -298,7 +302,10 @@ def _block(p: Problem, strip: Strip, segments: tuple[Segment, ...]) -> Block:
 
 def _kept(p: Problem, strip: Strip, chunk: Chunk) -> Tensor:
     assert chunk.at is not None
-    batch, head = (torch.arange(s.start, s.stop, device=p.q.device) for s in (strip.b, strip.h))
+    batch, head = (
+        torch.arange(first + s.start, first + s.stop, device=p.q.device)
+        for first, s in zip(p.origin, (strip.b, strip.h), strict=True)
+    )
     kept = keep(p.seed, batch, head, chunk.at.q_pos, chunk.at.k_pos, p.dropout_p)
     return kept.to(p.accumulate) / (1.0 - p.dropout_p)
 

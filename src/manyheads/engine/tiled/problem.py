@@ -36,6 +36,8 @@ class Problem:
             skipped; 0 for none.
         bias_grads: Whether the backward should find the gradients of the terms; zeros otherwise.
         own_tiles: Whether the caller chose the layout's tiles, rather than the engine.
+        origin: Where the first batch entry and the first query head lie in a larger call; dropout depends on it.
+        wide: Whether output and gradients keep the dtype they are summed in, as parts of a larger sum should.
     """
 
     q: Tensor
@@ -54,11 +56,21 @@ class Problem:
     skip_threshold: float = 0.0
     bias_grads: bool = True
     own_tiles: bool = False
+    origin: tuple[int, int] = (0, 0)
+    wide: bool = False
 
     @property
     def accumulate(self) -> torch.dtype:
         """The dtype of scores and statistics."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    def result(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a result that is given back in ``dtype`` unless the call is wide."""
+        return self.accumulate if self.wide else dtype
+
+    def term_result(self, term: Term) -> torch.dtype:
+        """The dtype of the gradient of a term."""
+        return term.total(self.accumulate) if self.wide else term.tensor.dtype
 
     @property
     def group(self) -> int:

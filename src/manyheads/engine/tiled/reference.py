@@ -74,7 +74,9 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
         got = torch.autograd.grad([r for r, _ in live], fresh, [g for _, g in live], allow_unused=True)
     grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, got, strict=True)]
     sink = grads.pop(3) if p.sink is not None else None
-    return Grads(grads[0], grads[1], grads[2], sink, grads[3:])
+    dq, dk, dv = (g.to(p.result(g.dtype)) for g in grads[:3])
+    terms = [g.to(p.term_result(t)) for g, t in zip(grads[3:], p.terms, strict=True)]
+    return Grads(dq, dk, dv, sink, terms)
 
 
 @contextmanager
@@ -91,12 +93,11 @@ def recording() -> Iterator[None]:
 def _average(p: Problem, shares: Tensor) -> Tensor:
     if p.dropout_p:
         at = _everything(p)
-        batch = torch.arange(p.q.shape[0], device=p.q.device)
-        head = torch.arange(p.q.shape[1], device=p.q.device)
+        batch, head = (torch.arange(n, device=p.q.device) + at for n, at in zip(p.q.shape[:2], p.origin, strict=True))
         kept = keep(p.seed, batch, head, at.q_pos, at.k_pos, p.dropout_p)
         shares = shares * kept / (1.0 - p.dropout_p)
     v = p.v.repeat_interleave(p.group, dim=1)
-    return (shares.to(p.v.dtype).to(p.accumulate) @ v.to(p.accumulate)).to(p.v.dtype)
+    return (shares.to(p.v.dtype).to(p.accumulate) @ v.to(p.accumulate)).to(p.result(p.v.dtype))
 
 
 def _kept_tiles(p: Problem, s: Tensor, allowed: Tensor) -> Tensor:
@@ -127,22 +128,7 @@ def _with_leaves(p: Problem, fresh: list[Tensor]) -> Problem:
     q, k, v, *rest = fresh
     sink = rest.pop(0) if p.sink is not None else None
     terms = tuple(_replaced(t, x) for t, x in zip(p.terms, rest, strict=True))
-    return Problem(
-        q,
-        k,
-        v,
-        p.layout,
-        p.q_pos,
-        p.k_pos,
-        p.weight,
-        p.scale,
-        p.softcap,
-        terms,
-        sink,
-        p.dropout_p,
-        p.seed,
-        p.skip_threshold,
-    )
+    return replace(p, q=q, k=k, v=v, terms=terms, sink=sink)
 
 
 def _replaced(term: Term, tensor: Tensor) -> Term:

@@ -192,11 +192,6 @@ class _Call:
         names = [argument.name for argument in func._schema.arguments]
         given = self.given = dict(zip(names, args, strict=False)) | kwargs
         plan = self.plan = plan_of(given["q"], given["k"], given["v"])
-        if given["dropout_p"] and plan.divided:
-            raise UnsupportedError(
-                "dropout_p: which weights are dropped depends on global batch and head indices, which the operator on "
-                "one shard does not know; replicate q, k and v, or set dropout_p=0"
-            )
         self.q, self.k, self.v = (_Operand(name, given[name], plan, (0, 1)) for name in "qkv")
         self.sink = None if given["sink"] is None else _Operand("sink", given["sink"], plan, (None, 0))
         kinds = [part.split(":")[0] for part in given["bias"].split(";") if part]
@@ -210,6 +205,10 @@ class _Call:
         for name in ("q_pos", "k_pos", "key_padding"):
             local[name] = _entries(given[name], plan)
         local["seed"] = _agreed(given["seed"], plan)
+        batch, head = given["origin"]
+        local["origin"] = [batch + plan.batch.start, head + plan.heads.start]
+        if given["dropout_p"] and local["origin"][1] and given["backend"] == "triton":
+            local["backend"] = "blocked"  # the kernels' dropout counts heads from 0
         for name, operand in {"q": self.q, "k": self.k, "v": self.v, **results}.items():
             local[name] = operand.local()
         local["sink"] = None if self.sink is None else self.sink.local()

@@ -45,6 +45,16 @@ def _epanechnikov(s: Tensor) -> Tensor:
     return (1.0 - s * s).clamp_min(0.0)
 
 
+def _cone(s: Tensor) -> Tensor:
+    return (1.0 - s.clamp_min(0.0).sqrt()).clamp_min(0.0)
+
+
+def _cone_slope(s: Tensor, w: Tensor) -> Tensor:
+    """At the tip, where the cone has no slope, 0."""
+    inside = (w > 0) & (s > 0)
+    return torch.where(inside, -0.5 * torch.where(inside, s, 1.0).rsqrt(), 0.0)
+
+
 WEIGHTS = {
     w.name: w
     for w in (
@@ -55,10 +65,12 @@ WEIGHTS = {
         Weight("triangular", lambda s: (1.0 - s.abs()).clamp_min(0.0), lambda s, w: -torch.sign(s) * (w > 0)),
         Weight("epanechnikov", _epanechnikov, lambda s, w: -2.0 * s * (w > 0)),
         Weight("gaussian", lambda s: torch.exp(-0.5 * s * s), lambda s, w: -s * w),
+        Weight("cone", _cone, _cone_slope),
         Weight("constant", torch.ones_like, lambda s, w: torch.zeros_like(s)),
     )
 }
-"""Every weight by name. The classical kernels act on the score itself, so ``gaussian`` is ``exp(-s^2 / 2)``."""
+"""Every weight by name. The classical kernels act on the score itself, so ``gaussian`` is ``exp(-s^2 / 2)``;
+``cone`` is ``1 - sqrt(s)``, the triangular kernel of a distance for scores that are squared distances."""
 
 
 def weight_named(name: str) -> Weight:

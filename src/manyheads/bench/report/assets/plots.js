@@ -377,7 +377,7 @@ function work({ row, name }) {
 }
 
 /** One line for each piece of work, one point for each row. */
-function dots(place, title, items, { field, axis, format, category }) {
+function dots(place, title, items, { field, axis, format, category, zero = true }) {
   if (!items.length) return;
   const names = folded(place, title, unique(items.map(category)), MOST_LINES, drawPlots);
   items = items.filter((item) => names.includes(category(item)));
@@ -389,7 +389,7 @@ function dots(place, title, items, { field, axis, format, category }) {
   );
   draw(place, title, traces, {
     height,
-    xaxis: log ? logAxis(items.map(({ row }) => row[field]), axis, { format }) : linearAxis(axis.replace(", log", "")),
+    xaxis: log ? logAxis(items.map(({ row }) => row[field]), axis, { format }) : { ...linearAxis(axis.replace(", log", "")), ...(zero ? {} : { rangemode: "normal" }) },
     yaxis: {
       tickmode: "array",
       tickvals: names.map((_, i) => i),
@@ -416,6 +416,7 @@ function drawPlots() {
   drawErrors();
   drawLimits();
   drawMore();
+  drawQuality();
 }
 
 /** On paper the plots have the width of a page; afterwards that of the window again. */

@@ -3,8 +3,8 @@
 const PAGE = 250;
 const WHAT = "what";
 const DEFAULT_COLUMNS = NARROW
-  ? [WHAT, "provider", "median_ms", "ratio", "length", "dtype", "gate"]
-  : [WHAT, "length", "dtype", "provider", "median_ms", "spread", "ratio", "baseline", "gate", "error", "gflops", "of_matrix_rate", "peak_mib", "phase", "remark"];
+  ? [WHAT, "provider", "median_ms", "ratio", "score", "length", "dtype", "gate"]
+  : [WHAT, "length", "dtype", "provider", "score", "score_unit", "median_ms", "spread", "ratio", "baseline", "gate", "error", "gflops", "of_matrix_rate", "peak_mib", "phase", "remark"];
 const BAR_COLUMNS = ["bar", "target", "measured", "verdict", "note"];
 
 /** Columns that are put together from fields; every other column is a field as it is. */
