@@ -18,13 +18,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
 
+import parallel_tables  # noqa: E402
 from gallery import page  # noqa: E402
 
 import manyheads  # noqa: E402
-from manyheads import catalog, nn, spec, testing  # noqa: E402
+from manyheads import catalog, model, nn, parallel, spec, testing  # noqa: E402
 from manyheads.bench import store  # noqa: E402
 from manyheads.bench.planning import fit  # noqa: E402
+from manyheads.common import features as features_  # noqa: E402
 from manyheads.common import rope  # noqa: E402
+from manyheads.engine import scan, solve  # noqa: E402
+from manyheads.mechanism import linear, regression  # noqa: E402
 
 BEGIN, END = "<!-- generated: features -->", "<!-- end of generated -->"
 BEGIN_ERRORS = "<!-- generated: errors of the model -->"
@@ -115,9 +119,27 @@ def scores() -> str:
     return "\n".join(lines)
 
 
+def many_devices() -> str:
+    """The page on many devices with its tables renewed."""
+    text = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    tables = {
+        "balance": parallel_tables.balance(),
+        "simulated": parallel_tables.simulated(),
+        "measured": parallel_tables.measured(results),
+    }
+    for name, made in tables.items():
+        text = _between(text, f"<!-- generated: {name} -->", made)
+    return text
+
+
 def _renewed(name: str, begin: str, made: str) -> str:
-    """A text with what stands between two marks replaced."""
-    before, _, rest = (ROOT / name).read_text(encoding="utf-8").partition(begin)
+    """A file with what stands between two marks replaced."""
+    return _between((ROOT / name).read_text(encoding="utf-8"), begin, made)
+
+
+def _between(text: str, begin: str, made: str) -> str:
+    before, _, rest = text.partition(begin)
     _, _, after = rest.partition(END)
     return f"{before}{begin}\n{made}\n{END}{after}"
 
@@ -133,14 +155,21 @@ def reference() -> str:
     for title, module, names in (
         ("manyheads", manyheads, manyheads.__all__),
         ("manyheads.nn", nn, nn.__all__),
+        ("manyheads.mechanism.linear", linear, linear.__all__),
+        ("manyheads.mechanism.regression", regression, regression.__all__),
+        ("manyheads.engine.scan", scan, scan.__all__),
+        ("manyheads.engine.solve", solve, solve.__all__),
+        ("manyheads.parallel", parallel, parallel.__all__),
+        ("manyheads.model", model, model.__all__),
+        ("manyheads.common.features", features_, _defined(features_)),
         ("manyheads.common.rope", rope, _defined(rope)),
         ("manyheads.spec", spec, _defined(spec)),
         ("manyheads.catalog", catalog, catalog.__all__),
         ("manyheads.testing", testing, _defined(testing)),
     ):
         parts.append(f"## {title}\n{inspect.getdoc(module) or ''}")
-        for name in sorted(names):
-            parts.append(_described(name, getattr(module, name)))
+        found = {name: getattr(module, name) for name in sorted(names)}
+        parts += [_described(name, thing) for name, thing in found.items() if callable(thing)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -229,6 +258,7 @@ OUTPUTS: dict[str, Callable[[], str]] = {
     "README.md": readme,
     "docs/advise.md": advice,
     "docs/gallery.md": gallery,
+    "docs/parallel.md": many_devices,
     "docs/quality.md": quality,
     "docs/reference.md": reference,
 }

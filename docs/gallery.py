@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -116,10 +116,22 @@ def example(thing: Any, target: str) -> str:
         lines += [f"# {line}" for line in step.want.splitlines()]
     code = "\n".join(lines)
     module, _, name = target.rpartition(".")
-    needed = [f"from {module} import {name}"] if re.search(rf"(?<!\.)\b{name}\(", code) else []
-    needed += ["import torch"] if "torch." in code else []
+    needed = {f"from {module} import {name}"} if re.search(rf"(?<!\.)\b{name}\(", code) else set()
+    needed |= {"import torch"} if "torch." in code else set()
+    needed |= set(_imports("".join(step.source for step in steps), thing, but={name, "torch"}))
     missing = [line for line in needed if line not in code]
     return "```python\n" + "\n".join([*sorted(missing, reverse=True), code]) + "\n```"
+
+
+def _imports(code: str, thing: Any, but: set[str]) -> Iterator[str]:
+    """Imports of what an example finds in the module of the thing, where doctest runs it."""
+    around = vars(inspect.getmodule(thing)) if inspect.getmodule(thing) is not thing else {}
+    names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    own |= {a.asname or a.name for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) for a in n.names}
+    for name in {node.id for node in names} - own - but:
+        if name in around and inspect.getmodule(around[name]) is not None:
+            yield f"from {inspect.getmodule(around[name]).__name__} import {name}"
 
 
 def picture(found: spec.Spec) -> str:
@@ -137,7 +149,8 @@ def picture(found: spec.Spec) -> str:
     seen = (weights[0, 0] != 0).tolist()
     if all(map(all, seen)):
         return ""
-    options = ", ".join(f"{name}={value!r}" for name, value in case.options.items() if value is not None and value is not False and not isinstance(value, torch.Tensor))
+    given = {name: value for name, value in case.options.items() if value is not None and value is not False}
+    options = ", ".join(f"{name}={value!r}" for name, value in given.items() if not isinstance(value, torch.Tensor))
     return f"\n\nWhat it weighs{f' with `{options}`' if options else ''}:\n" + _drawn(seen)
 
 

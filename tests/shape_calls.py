@@ -70,7 +70,7 @@ def typical():
     from manyheads.common.rope import RoPE
     from manyheads.engine.tiled import tiled
     from manyheads.integration.transformers import attention_function
-    from manyheads.mechanism.regression import ridge_regression
+    from manyheads.mechanism.regression import interpolate, ridge_regression
     from manyheads.spec import Size, registry
 
     for slug, spec in registry().items():
@@ -101,6 +101,7 @@ def typical():
     yield "transformers", functools.partial(attention_function, torch.nn.Module(), q, k, v, None)
     yield from features()
     yield from gated()
+    yield "slope", functools.partial(interpolate, q, k, v, torch.zeros(2, 6, q.shape[3], v.shape[3]), mask="causal")
     yield "ridge", functools.partial(ridge_regression, *testing.sample_qkv(2, 6, 5, kv_heads=2, keys=9), ridge=1.0)
 
 
@@ -131,7 +132,7 @@ def gated():
     x, mix = torch.rand(2, 3, 5, 4), torch.rand(2, 3, 5, 2)
     yield "elementwise", functools.partial(elementwise, x, x, x[:, :, 0])
     yield "unit length", functools.partial(unit_length, x)
-    yield "gates", functools.partial(gates, x, x, x[0, 0, 0], x[0, 0, 1])
+    yield "gates", functools.partial(gates, x, x, x[0, :, 0, 0], x[0, :, 0, 1])
     yield "choose", functools.partial(choose, mix)
     yield "gated norm", functools.partial(gated_norm, x, x, mix=mix, gate=x)
     yield "channels", functools.partial(split_channels, x, 2)

@@ -199,6 +199,13 @@ def test_one_query_token_reads_a_group_at_once(generator):
     torch.testing.assert_close(mh.attention(q, k, v), mh.attention(q, k, v, backend="reference"))
 
 
+def test_a_bias_over_no_queries_or_no_keys_is_no_matter():
+    some, none = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 0, 8)
+    bias = mh.ALiBi(torch.ones(2))
+    assert mh.attention(none, some, some, bias=bias).shape == none.shape
+    assert (mh.attention(some, none, none, bias=bias) == 0).all()
+
+
 def test_no_keys_give_nothing():
     q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 0, 4)
     out, lse = mh.attention(q, k, k, return_lse=True)

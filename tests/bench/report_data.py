@@ -84,6 +84,11 @@ def mixed_rows(seed=1):
     cases.append([packed])
     cases.append([Row("overhead", "causal-1x2", "delegated", overhead_us=-1.75, median_ms=0.02)])
     cases.append([Row("layouts", "causal-515", "manyheads", phase="build", length=515, peak_mib=2.5, flops=2**53 + 1)])
+    trained = {"phase": "train", "task": "recall", "score_unit": "accuracy", "better": "higher", "chance": 0.0625}
+    for seed in (1, 2):
+        curve = tuple(round(4 / (i + seed), 3) for i in range(20))
+        row = Row("quality", f"recall-rat-seed-{seed}", "rat", score=0.25 * seed, seed=seed, curve=curve, **trained)
+        cases.append([row.replace(steps=600, parameters=117_248, input=f"keys; {HOSTILE}", learning_rate=5e-3)])
     bars = [("met", 2.125, ">= 1.9x"), ("missed", 41.5, "<= 30 ms"), ("not measured", None, ">= 4x")]
     cases.append(
         [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from manyheads.bench.display import Plain, summary
@@ -10,7 +12,8 @@ from manyheads.bench.row import Row
 from manyheads.bench.runner import Run
 from manyheads.bench.store import Store, read, resumable
 from manyheads.bench.suite import Options, unfold
-from manyheads.bench.suites import bars, gpu_targets, targets
+from manyheads.bench.suites import bars, gpu_linear, gpu_targets, targets
+from manyheads.bench.suites.linear import Shape
 
 OWN = gpu_targets.OWN
 BASE = Row("targets", "t", "manyheads", bar="the bar")
@@ -64,9 +67,9 @@ def test_flex_is_beaten_by_the_own_kernel_and_not_by_what_auto_chose():
 def test_every_bar_stands_at_its_own_shape_and_at_a_drawn_one():
     names = [case.name for case in targets.cases(Options(device="cuda", level="full"))]
     assert len(names) == len(set(names))
-    for stem, count in (("causal", 4), ("flex", 4), ("sparse", 2)):
+    for stem, count in (("causal", 4), ("flex", 4), ("sparse", 2), ("scan", 24)):
         assert sum(name.startswith(f"bar-gpu-{stem}") for name in names) == count
-    assert len(set(names) & {c.name for c in targets.cases(Options(device="cuda", level="full", seed=7))}) == 5
+    assert len(set(names) & {c.name for c in targets.cases(Options(device="cuda", level="full", seed=7))}) == 5 + 18
 
 
 def test_the_bars_of_a_gpu_are_those_that_were_promised():
@@ -78,6 +81,29 @@ def test_the_bars_of_a_gpu_are_those_that_were_promised():
     measured = {case.name for case in unfold(cases)}
     assert {"causal-16384-bfloat16-64:8x128", "causal-16384-bfloat16-64:8x128-backward"} <= measured
     assert "gpu-causal-16x16384x128-backward-deviation8" in measured
+
+
+def test_recurrences_are_judged_by_float64_and_a_peer_that_cannot_run_is_a_row():
+    shape = Shape(20, 1, 16, "float32")
+    lines = []
+    context = SimpleNamespace(options=Options(budget_s=0.01), say=lines.append)
+    mine, theirs = gpu_linear.measured("x", "mlstm", shape, "backward", context)
+    assert (mine.provider, mine.gate, mine.phase) == (gpu_linear.OWN, "green", "backward")
+    assert mine.median_ms > 0 and mine.error <= mine.error_limit
+    assert theirs.status in ("failed", "refused") and theirs.reason
+    assert "linear/x: float64" in lines
+
+
+def test_recurrences_count_only_over_a_result_that_is_not_wrong():
+    def rows(ours, theirs):
+        return [row(gpu_linear.OWN, gate=ours), row(gpu_linear.PEER, median_ms=1.5, gate=theirs)]
+
+    assert gpu_linear.ratio_of(rows("green", "green")) == (1.5, None)
+    assert gpu_linear.ratio_of(rows("green", "unchecked")) == (1.5, None)
+    for ours, theirs in (("red", "green"), ("green", "red")):
+        ratio, reason = gpu_linear.ratio_of(rows(ours, theirs))
+        assert ratio is None and "no speed-up counts" in reason
+    assert "took no part" in gpu_linear.ratio_of([])[1]
 
 
 def test_without_a_gpu_its_bars_are_open_with_the_reason_and_fail_nothing(tmp_path):

@@ -105,6 +105,23 @@ def test_a_run_gives_one_score_a_seed_and_hides_those_of_other_rates(tiny, tmp_p
     assert "accuracy" in table(trained) and claims[0].verdict in ("met", "missed")
 
 
+def test_with_one_rate_the_seeds_are_trained_together_and_written_one_by_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "protocol_of", lambda task, level: replace(SMALL, rates=(1e-3,)))
+    together = []
+    real = quality.do_all
+
+    def counted(jobs, say):
+        together.append([(job.seed, job.rate) for job in jobs])
+        return real(jobs, say)
+
+    monkeypatch.setattr(quality, "do_all", counted)
+    cases = quality.models_of("states", "linear", QUICK)
+    rows = run(tmp_path / "run.jsonl", cases).rows
+    assert together == [[(seed, 1e-3) for seed in (42, 43, 44)]]
+    assert [row.seed for row in rows] == [42, 43, 44] and {row.phase for row in rows} == {"train"}
+    assert len(read(tmp_path / "run.jsonl").finished) == 3
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped_with_the_same_numbers(tiny, tmp_path, monkeypatch):
     cases = quality.SUITE.cases(QUICK)
     whole = run(tmp_path / "whole.jsonl", cases).rows

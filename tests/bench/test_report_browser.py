@@ -204,6 +204,11 @@ def test_what_stands_in_a_row_is_shown_and_never_run(browser, mixed, tmp_path):
         assert "out of luck" in page.locator("#refused-body").inner_text()
         assert page.locator("#targets-body details summary").inner_text().startswith("speed of <b>")
         assert {row for row, *_ in page.evaluate(POINTS, "errors")} >= {red}
+        trained = page.evaluate(POINTS, "quality")
+        assert {row for row, *_ in trained} == {i for i, r in enumerate(rows) if "score" in r}
+        assert {rows[row]["score"] for row, *_ in trained} <= {x for _, x, _ in trained}
+        assert {value for r in rows for value in r.get("curve", ())} <= {y for *_, y in trained}
+        assert HOSTILE in page.locator("#quality-body").inner_text()
         page.locator("#lengths select").nth(1).select_option("ratio")
         assert red not in {row for row, *_ in page.evaluate(POINTS, "lengths")}
         page.locator("#lengths [data-legend] button", has_text="sdpa").click()

@@ -205,6 +205,7 @@ def test_a_pair_of_maps_is_for_queries_and_keys():
     [
         (lambda: Positive(torch.ones(3)), r"projection: expected a floating \(m, D\)"),
         (lambda: Positive(torch.ones(3, 2).long()), r"projection: expected a floating \(m, D\)"),
+        (lambda: Trigonometric(torch.ones(0, 2)), r"projection: expected a floating \(m, D\) with m >= 1"),
         (lambda: Positive(torch.ones(3, 2), eps=-1.0), "eps: expected a number from 0, got -1"),
         (lambda: Positive(torch.ones(3, 2))(torch.ones(4, 3)), r"projection: expected shape \(m, D=3\), got \(3, 2\)"),
         (lambda: Rectified(torch.ones(3, 2), eps=math.nan), "eps: expected a number from 0"),

@@ -188,14 +188,6 @@ def test_what_is_not_supported_refuses():
         torch.vmap(lambda t: scan(t, t, t))(torch.randn(2, 1, 1, 4, 8))
 
 
-def test_sharded_tensors_are_refused():
-    from torch.distributed.tensor import DTensor
-
-    sharded = torch.Tensor._make_wrapper_subclass(DTensor, (1, 1, 4, 8))
-    with pytest.raises(UnsupportedError, match="DTensors"):
-        scan(sharded, sharded, sharded)
-
-
 def test_two_runs_give_the_same_bits():
     first, second = (op(*arguments("delta", torch.float32, grad=False)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

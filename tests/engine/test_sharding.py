@@ -15,6 +15,7 @@ import torch
 from torch import multiprocessing
 
 import manyheads as mh
+from manyheads.engine.scan import State, scan
 from manyheads.mask import PerBatch
 
 WORLD, B, H, HKV, N, NK, D = 4, 7, 8, 4, 9, 13, 4
@@ -261,6 +262,69 @@ def _explain_says_what_this_rank_computes(ranks):
     assert "sdpa: refused" in text and "DTensors: its operators" in text, text
     if ranks.square.get_coordinate() == [1, 0]:
         assert "this rank computes batch entries 4 to 6 of 7 and heads 0 to 3 of 8" in text
+
+
+@case
+def _recurrences_of_each_kind(ranks):
+    from torch.distributed.tensor import Replicate, Shard
+
+    b, h, r = Shard(0), Shard(1), Replicate()
+    kinds = {
+        "decay of heads": ({"decay": (H,)}, {"normalise": "abs"}),
+        "decay of tokens": ({"decay": (B, H, N)}, {"reverse": True}),
+        "delta": ({"decay": (B, H, N), "beta": (B, H, N)}, {"lens": [4, 5]}),
+        "gated": ({"gate": (B, H, N)}, {"normalise": "max1", "lens": torch.tensor([[i, N - i] for i in range(B)])}),
+        "padded": ({"decay": (B, H, N)}, {"key_padding": ranks.draw(B, N) > -1}),
+    }
+    for mesh, placed in ((ranks.line, [b]), (ranks.line, [h]), (ranks.line, [r]), (ranks.square, [b, h])):
+        for shapes, options in kinds.values():
+            recur(ranks, mesh, placed, shapes, **options)
+
+
+def recur(ranks, mesh, placed, shapes, **options):
+    """A sharded recurrence and its gradients are those of the whole one, its state too; gates are sharded as q is."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    q, k, v = ranks.draw(B, H, N, D), ranks.draw(B, HKV, N, D), ranks.draw(B, HKV, N, D + 2)
+    given = {n: -ranks.draw(*s).sigmoid() if n == "decay" else ranks.draw(*s).sigmoid() for n, s in shapes.items()}
+    by_head = [Shard(0) if p == Shard(1) else Replicate() for p in placed]
+    dout, start = ranks.draw(B, H, N, D + 2), ranks.draw(B, H, D, D + 2)
+
+    def run(place):
+        leaves = [place(t, placed) for t in (q, k, v)]
+        leaves += [place(t, by_head if t.dim() == 1 else placed) for t in given.values()]
+        state = None
+        if "normalise" not in options:
+            leaves.append(place(start, placed))
+            state = State(leaves[-1])
+        gates = dict(zip(given, leaves[3:], strict=False))
+        out, last = scan(*leaves[:3], **gates, state=state, return_state=True, **options)
+        loss = (out * place(dout, placed)).sum() + last.S.square().sum()
+        return leaves, [out, last.S, *torch.autograd.grad(loss, leaves)]
+
+    _, want = run(lambda t, p: t.clone().requires_grad_())
+    leaves, got = run(lambda t, p: split(t, mesh, p))
+    for result in got[:2]:
+        assert list(result.placements) == placed, result.placements
+    for leaf, grad in zip(leaves, got[2:], strict=True):
+        assert leaf.placements == grad.placements
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.full_tensor(), w, rtol=1e-10, atol=1e-10)
+
+
+@case
+def _recurrences_refuse_shards_of_tokens_and_communicate_nothing_else(ranks):
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    q, k, v = ranks.qkv()
+    with pytest.raises(mh.UnsupportedError, match="q: mesh dimension 'line' shards its tokens"):
+        scan(*(split(t, ranks.line, [Shard(2)]) for t in (k, k, v)))
+    leaves = [split(t, ranks.line, [Shard(1)]) for t in (k, k, v)]
+    dout = split(torch.ones_like(v), ranks.line, [Shard(1)])
+    with CommDebugMode() as seen:
+        torch.autograd.grad(scan(*leaves), leaves, dout)
+    assert seen.get_total_counts() == 0, seen.get_comm_counts()
 
 
 @case

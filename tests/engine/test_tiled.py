@@ -359,8 +359,8 @@ def test_a_reduced_precision_flag_never_leaks(generator, monkeypatch):
     assert torch.get_float32_matmul_precision() == before
     seen = []
     monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread()])
-    with products._reduced_precision() as granted:
-        other = threading.Thread(target=lambda: seen.append(products._reduced_precision().__enter__()))
+    with products.reduced_precision() as granted:
+        other = threading.Thread(target=lambda: seen.append(products.reduced_precision().__enter__()))
         other.start()
         other.join()
     assert seen == [False]

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import manyheads as mh
+from manyheads.engine.scan import scan
 from manyheads.engine.tiled import tiled
 from manyheads.mask.layout import TileLayout
 from manyheads.testing import assert_within_budget, sample_qkv
+from tests.engine import scan_calls
 
 pytestmark = pytest.mark.gpu
 
@@ -155,3 +157,86 @@ def test_a_non_default_stream_gives_the_same_bits(device):
         got = mh.attention(q, k, v, mask="causal & window(333)")
     stream.synchronize()
     assert torch.equal(got, want)
+
+
+# --- recurrences --------------------------------------------------------------------------------------------------
+
+RECURRENCES = ("plain", "head", "token", "token abs", "mlstm")
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_recurrences_are_within_budget_at_real_sizes(kind, dtype, width, device):
+    call = scan_calls.draw(kind, 1500, d=width, dv=width, batch=2)
+    if "decay" in call.logs:
+        call.logs["decay"] *= 0.1
+    scan_calls.agree(call, dtype, device)
+
+
+def test_packed_recurrences_are_within_budget(device):
+    lens = [900, 1, 37, 562]
+    scan_calls.agree(scan_calls.draw("mlstm", 1500, d=64, dv=64, lens=lens), torch.bfloat16, device)
+
+
+def drawn(n, device, width=128, dtype=torch.bfloat16):
+    """Queries, keys, values, log decays and gates."""
+    q, k, v = sample_qkv(1, 4, n, width=width, dtype=dtype, device=device, seed=n)
+    gate = torch.randn(1, 4, n, device=device)
+    return q, k, v, -torch.rand(1, 4, n, device=device), gate
+
+
+def test_recurrences_never_wait_for_the_device_and_can_be_captured(device):
+    q, k, v, decay, gate = drawn(1000, device)
+    lens = torch.tensor([400, 600])
+    leaves = [t.requires_grad_() for t in (q, k, v, decay, gate)]
+
+    def step():
+        out = scan(q, k, v, decay=decay, gate=gate, normalise="max1", backend="triton")
+        return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+    want = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    scan(q, k, v, decay=decay, lens=lens, backend="triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_new_length_of_a_recurrence_compiles_no_kernel(device):
+    from manyheads.engine.scan import kernels
+
+    def run(n):
+        q, k, v, decay, gate = drawn(n, device)
+        scan(q, k, v, decay=decay, gate=gate, normalise="max1", backend="triton")
+
+    run(1000)
+    caches = [kernel.device_caches[torch.cuda.current_device()][0] for kernel in (kernels.carry, kernels.mix)]
+    before = [len(cache) for cache in caches]
+    for n in (1001, 1016, 1777, 4096):
+        run(n)
+    assert [len(cache) for cache in caches] == before
+
+
+def test_memory_of_a_recurrence_is_linear_in_length(device):
+    peaks = []
+    for n in (16384, 32768):
+        q, k, v, decay, _ = drawn(n, device)
+        leaves = [t.requires_grad_() for t in (q, k, v, decay)]
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        torch.autograd.grad(scan(q, k, v, decay=decay).float().sum(), leaves)
+        peaks.append(torch.cuda.max_memory_allocated() - base)
+    assert peaks[1] < 2.2 * peaks[0]

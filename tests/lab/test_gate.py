@@ -15,6 +15,7 @@ from manyheads.cli import main
 from manyheads.engine import configs
 from manyheads.engine.tiled import tiled
 from manyheads.lab import gate, resources, search
+from manyheads.lab import scan as of_recurrences
 from manyheads.lab import tiled as described
 from manyheads.lab.aot import Compiled
 from manyheads.lab.estimate import bound_of_pair, cycles_of_pair
@@ -48,7 +49,10 @@ def test_nothing_in_the_table_spills_on_90_at_a_shipped_configuration():
     known = {c.id: c for c in cases()}
     shipped = [n for n in resources.read() if n.target == "sm_90"]
     assert {(n.kernel, n.width) for n in shipped} >= {
-        (f"tiled.{kernel}", width) for kernel in configs.KERNELS for width in configs.WIDTHS
+        (f"{engine}.{kernel}", width)
+        for engine, some in (("tiled", described.NAMES), ("scan", ("carry", "mix")))
+        for kernel in some
+        for width in configs.WIDTHS
     }
     assert not [n.id for n in shipped if n.spilled and not known[n.id].may_spill]
 
@@ -133,7 +137,7 @@ def test_the_gate_compiles_the_arguments_that_the_launcher_gives(device, monkeyp
     q, k, v = (t.requires_grad_() for t in sample_qkv(1, 2, 20, width=16, keys=40))
     tiled(q, k, v, "causal", backend="triton").sum().backward()
     types = {torch.float32: ("fp32", "data"), torch.int32: ("i32",), torch.uint8: ("u8",)}
-    assert set(seen) == set(configs.KERNELS)
+    assert set(seen) == set(described.NAMES)
     for name, arguments in seen.items():
         kernel = kernels()[f"tiled.{name}"]
         for pointer, element in kernel.pointers.items():
@@ -147,11 +151,41 @@ def test_the_gate_compiles_the_arguments_that_the_launcher_gives(device, monkeyp
         assert all(isinstance(arguments[n], float) for n in kernel.floats)
 
 
+@needs_triton
+def test_the_gate_compiles_the_arguments_that_the_launcher_of_recurrences_gives(device, monkeypatch):
+    from manyheads.engine.scan import launch, scan
+
+    if device != "cpu":
+        pytest.skip("reads arguments on their way into the interpreter")
+    seen = {}
+
+    def noticed(kernel, programs, arguments, config=None):
+        seen.setdefault(kernel.fn.__name__, []).append((kernel, arguments))
+        return original(kernel, programs, arguments, config)
+
+    original = launch.launch
+    monkeypatch.setattr(launch, "launch", noticed)
+    q, k, v = (t.requires_grad_() for t in sample_qkv(1, 2, 20, width=16))
+    decay, gate = -torch.rand(1, 2, 20).requires_grad_(), torch.rand(1, 2, 20)
+    scan(q, k, v, decay=decay, gate=gate, normalise="max1", backend="triton").sum().backward()
+    assert {name: len(calls) for name, calls in seen.items()} == {"sums": 2, "carry": 3, "mix": 4}
+    for name, calls in seen.items():
+        described_kernel = kernels()[f"scan.{name}"]
+        variant = {"sums": "gated", "carry": "gated", "mix": "dq"}[name]
+        fixed = of_recurrences.constants(name, 64, variant, configs.Config(32, 32, 4, 1), "fp32")
+        for kernel, arguments in calls:
+            names = inspect.signature(kernel.fn).parameters
+            assert set(fixed) == {n for n, p in names.items() if "constexpr" in str(p.annotation)}
+            pointers = {n for n in names if isinstance(arguments[n], torch.Tensor)}
+            assert pointers == set(described_kernel.pointers)
+            assert all(arguments[n].dtype == torch.float32 for n in pointers)
+            assert all(isinstance(arguments[n], float) for n in described_kernel.floats)
+
+
 def test_configurations_are_written_for_every_row_and_read_back():
     table = configs.table()
-    places = {(k, a, w, b, kind) for k in configs.KERNELS for a in configs.ARCHITECTURES for w in configs.WIDTHS
-              for b in (2, 4) for kind in configs.KINDS}  # fmt: skip
-    assert set(table) == places
+    assert set(table) == set(configs.every_key())
+    assert len(configs.every_key()) == len(set(configs.every_key())) > 300
     assert configs.parse(configs.render(table)) == table
 
 
@@ -185,7 +219,8 @@ def test_a_bad_row_of_a_table_is_refused_by_its_line(line, words):
 
 
 def test_a_bound_is_never_above_the_modelled_time():
-    found = [n for n in resources.read() if n.kernel != "tiled.row_products" and n.variant in described.MAIN.values()]
+    rows = [n for n in resources.read() if n.kernel.partition(".")[2] in described.NAMES]
+    found = [n for n in rows if n.variant in described.MAIN.values()]
     kinds = {variant: kind for kind, variant in described.MAIN.items()}
     for n in found:
         shape = (*map(int, n.tile.split("x")), n.warps, n.stages)

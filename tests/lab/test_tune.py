@@ -224,3 +224,37 @@ def test_the_engine_is_checked_and_timed_with_the_configuration_that_is_asked_ab
     times = bench.times(place, [Config(64, 64, 4, 1), Config(32, 32, 4, 1)])
     assert len(times) == 2 and all(t > 0 for t in times)
     assert {(64, 64), (32, 32)} <= set(asked)
+
+
+def test_recurrences_are_checked_and_timed_with_the_configuration_that_is_asked_about(device, monkeypatch):
+    if device != "cpu" or importlib.util.find_spec("triton") is None:
+        pytest.skip("runs in the interpreter")
+    from manyheads.cli.measure import Gpu
+    from manyheads.engine.scan import launch
+
+    asked = []
+    original = launch.launch
+
+    def noticed(kernel, programs, arguments, config=None):
+        asked.append((kernel.fn.__name__, arguments.get("BX"), arguments.get("BZ")))
+        return original(kernel, programs, arguments, config)
+
+    monkeypatch.setattr(launch, "launch", noticed)
+    place = Place("mix", "sm_90", 64, 4, "forward")
+    bench = Gpu("cpu", tokens=256, programs=1, budget_s=0.0)
+    assert bench.check(place, Config(64, 16, 4, 1)) == ""
+    assert ("mix", 64, 16) in asked
+    assert all(t > 0 for t in bench.times(place, [Config(32, 32, 4, 1)])) and ("mix", 32, 32) in asked
+
+
+def test_rows_of_every_engine_are_found_with_the_kinds_that_they_have():
+    found = command.places_of(command.Request(("carry", "forward"), ("sm_90",), (64,), ("bfloat16",)))
+    assert {(p.kernel, p.kind) for p in found} == {
+        ("carry", "forward"), ("carry", "backward"),
+        ("forward", "plain"), ("forward", "general"), ("forward", "heavy"),
+    }  # fmt: skip
+    assert command.places_of(command.Request(("carry",), kinds=("sums",))) == []
+    for place in (Place("carry", "sm_90", 128, 2, "backward"), Place("mix", "sm_80", 64, 2, "sums")):
+        some = search.candidates(place)
+        assert 4 < len(some) < 100 and all(config.bm <= place.width for config in some)
+        assert {search.case(place, config).kernel for config in some} == {f"scan.{place.kernel}"}

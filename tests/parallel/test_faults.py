@@ -74,7 +74,7 @@ def leave_at(step, how, note):
 
 def judged(folder, world, scheme, victim, step, how):
     """Runs one accident and checks what the survivors say."""
-    multiprocessing.set_forkserver_preload(["manyheads.parallel", "torch._dynamo"])
+    multiprocessing.set_forkserver_preload(["manyheads.parallel"])
     start = multiprocessing.get_context("forkserver").Process
     ranks = [start(target=endless, args=(r, world, folder, scheme, victim, step, how)) for r in range(world)]
     for process in ranks:

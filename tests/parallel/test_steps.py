@@ -55,12 +55,18 @@ def terms_of(tensors):
     return mh.ALiBi(slopes), mh.Relative(table), mh.Pair(pair), mh.PerKey(key), mh.PerBlock(block, (9, 12))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["blocked", "triton"])
-@pytest.mark.parametrize("kind", ["plain", "sink", "everything"])
-def test_parts_add_up_to_the_whole(backend, dtype, kind):
-    if backend == "triton" and (kind == "sink" or launch.refuse("cpu")):
-        pytest.skip("no Triton, or nothing that the kernels see")
+INTERPRETED = [  # the interpreter takes seconds
+    pytest.param("plain", "triton", torch.bfloat16),
+    pytest.param("everything", "triton", torch.float32, marks=pytest.mark.slow),
+    pytest.param("everything", "triton", torch.bfloat16, marks=pytest.mark.slow),
+]
+EVERY = [(k, "blocked", t) for k in ("plain", "sink", "everything") for t in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("kind", "backend", "dtype"), EVERY + INTERPRETED)
+def test_parts_add_up_to_the_whole(kind, backend, dtype):
+    if backend == "triton" and launch.refuse("cpu"):
+        pytest.skip("no Triton")
     tensors = sample_qkv(B, H, N, kv_heads=HKV, width=D, dtype=dtype, seed=3)
     generator = torch.Generator().manual_seed(4)
     grads = torch.randn(B, H, N, D, generator=generator).to(dtype), torch.randn(B, H, N, generator=generator)

@@ -12,6 +12,12 @@ evidence(
         3: "test_longca::test_one_document_is_the_whole_sequence",
         4: "test_longca::test_a_window_as_long_as_the_sequence_hides_nothing",
         5: "test_longca::test_lengths_sum_exactly_and_repeat",
+        6: (
+            "test_schemes::test_two_processes_agree_with_one_device_and_send_what_was_planned",
+            "test_schemes::test_four_processes_agree_with_one_device_and_send_what_was_planned",
+        ),
+        7: "test_deal::test_zigzag_is_undone_exactly",
+        8: "test_deal::test_zigzag_gives_every_rank_the_same_causal_area",
     },
     object="manyheads.mask.longca",
 )

@@ -87,6 +87,11 @@ class Row:
         steps: Updates of the training.
         learning_rate: Its highest learning rate.
         curve: Mean training loss of each twentieth of the steps.
+        ranks: In ``parallel``: processes, or planned devices.
+        deal: In ``parallel``: how tokens were dealt to them.
+        imbalance: In ``parallel``: visible pairs of the busiest rank over the mean.
+        sent_mib: In ``parallel``: most that a rank sent, or all ranks together in a plan.
+        overlap: In ``parallel``: share of the smaller of compute and communication that the other one hid.
         note: Anything else a reader must know.
         seed: Seed of the inputs.
     """
@@ -149,6 +154,11 @@ class Row:
     steps: int | None = None
     learning_rate: float | None = None
     curve: tuple[float, ...] | None = None
+    ranks: int | None = None
+    deal: str | None = None
+    imbalance: float | None = None
+    sent_mib: float | None = None
+    overlap: float | None = None
     note: str | None = None
     seed: int | None = None
 

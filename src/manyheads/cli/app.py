@@ -197,11 +197,11 @@ def kernels(
 
 @app.command()
 def tune(
-    kernel: Annotated[list[str] | None, typer.Option(help="forward, rows_backward or keys_backward.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Such as forward or mix; all by default.")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = None,
     width: Annotated[list[int] | None, typer.Option(help="64, 128 or 256.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float32.")] = None,
-    kind: Annotated[list[str] | None, typer.Option(help="plain, general or heavy.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Such as plain or backward; all by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the legal configurations.")] = False,
     resources: Annotated[bool, typer.Option("--resources", help="Choose by compiled resources; no GPU.")] = False,
     best: Annotated[int, typer.Option(min=0, help="Only so many of each row, the most promising; 0: all.")] = 0,

@@ -1,4 +1,4 @@
-"""Measures configurations of the tiled engine on a GPU."""
+"""Measures configurations of the kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from manyheads.bench import device as devices
 from manyheads.bench.timing import interleave
+from manyheads.cli import measure_scan
 from manyheads.engine import configs
 from manyheads.engine.configs import Config
 from manyheads.engine.tiled import ALiBi, Bias, Pair, Term, tiled
+from manyheads.engine.tiled import configs as tiled_configs
 from manyheads.lab.search import Place
 from manyheads.testing import assert_within_budget, sample_qkv
 
@@ -63,7 +65,10 @@ class Gpu:
         """Compares a configuration with the reference on a small, odd problem."""
         try:
             with configs.using({place.key: config}):
-                _agrees(place, self.device)
+                if place.kernel in tiled_configs.KERNELS:
+                    _agrees(place, self.device)
+                else:
+                    measure_scan.agrees(place, self.device, _DTYPES[place.itemsize])
         except AssertionError as error:
             return f"wrong: {error}"
         except Exception as error:  # a launch fails in many ways, and none of them may end the run
@@ -87,12 +92,17 @@ class Gpu:
         return [times[str(number)].median_ms for number in range(len(some))]
 
     def _problem(self, place: Place) -> Callable[[], object]:
-        key = (place.kernel == "forward", place.width, place.itemsize, place.kind)
+        ours = place.kernel in tiled_configs.KERNELS
+        key = (ours, place.kernel == "forward", place.width, place.itemsize, place.kind)
         if key not in self._problems:
             self._problems.clear()  # one at a time: each holds gigabytes
             tokens = self.tokens if place.itemsize == 2 and place.kind != "heavy" else max(self.tokens // 4, 256)
             heads = max(1, self.programs * 128 // max(place.width, 64) // 2)
-            self._problems[key] = _call(place, self.device, (2, heads, heads), (tokens, tokens))
+            if ours:
+                self._problems[key] = _call(place, self.device, (2, heads, heads), (tokens, tokens))
+            else:
+                drawn = sample_qkv(2, heads, tokens, width=place.width, dtype=_DTYPES[place.itemsize], seed=7)
+                self._problems[key] = measure_scan.call(place, tuple(t.to(self.device) for t in drawn))
         return self._problems[key]
 
 

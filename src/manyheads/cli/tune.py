@@ -17,6 +17,7 @@ from manyheads.engine import configs
 from manyheads.engine.configs import Config, Key
 from manyheads.lab import search
 from manyheads.lab.memory import Memory, folder, source_digest
+from manyheads.lab.registry import kernels
 from manyheads.lab.search import Found, Place
 from manyheads.lab.targets import target_named
 from manyheads.lab.tune import SWITCHES, Bench, Journal, in_words, tune
@@ -101,7 +102,8 @@ def places_of(request: Request) -> list[Place]:
     """
     asked = (
         ("kernel", request.kernels, configs.KERNELS), ("architecture", request.archs, configs.ARCHITECTURES),
-        ("dtype", request.dtypes, tuple(_BYTES)), ("kind", request.kinds, configs.KINDS),
+        ("dtype", request.dtypes, tuple(_BYTES)),
+        ("kind", request.kinds, tuple(dict.fromkeys(kind for kinds in configs.KINDS.values() for kind in kinds))),
     )  # fmt: skip
     for what, some, known in asked:
         for name in some:
@@ -110,15 +112,10 @@ def places_of(request: Request) -> list[Place]:
     for width in request.widths:
         if width not in configs.WIDTHS:
             raise ValueError(f"width: expected one of {', '.join(map(str, configs.WIDTHS))}, got {width}")
-    sizes = sorted({_BYTES[d] for d in request.dtypes or _BYTES})
-    return [
-        Place(kernel, arch, width, size, kind)
-        for kernel in request.kernels or configs.KERNELS
-        for arch in request.archs or configs.ARCHITECTURES
-        for width in request.widths or configs.WIDTHS
-        for size in sizes
-        for kind in request.kinds or configs.KINDS
-    ]
+    sizes = {_BYTES[d] for d in request.dtypes or _BYTES}
+    wanted = (request.kernels, request.archs, request.widths, sizes, request.kinds)
+    every = configs.every_key()
+    return [Place(*key) for key in every if all(not w or x in w for x, w in zip(key, wanted, strict=True))]
 
 
 def measured(places: Sequence[Place], request: Request, bench: Bench, depends: Mapping[str, Any]) -> int:
@@ -137,7 +134,7 @@ def measured(places: Sequence[Place], request: Request, bench: Bench, depends: M
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     out = request.out or folder() / "tuning" / f"{name}.tsv"
     header = {k: depends.get(k) for k in (*_DEPENDS, "tokens", "heads", "mask")}
-    header["kernels"] = source_digest("manyheads.engine.tiled.kernels:forward")
+    header["kernels"] = {name: source_digest(kernel.path) for name, kernel in kernels().items()}
     journal = Journal(out.with_suffix(".jsonl"), header, resume=request.resume)
     memory = Memory()
     incumbents = configs.table()
@@ -204,7 +201,7 @@ def _by_resources(places: Sequence[Place], request: Request) -> int:
 def _write(out: Path, rows: Mapping[Key, Config], remarks: Mapping[Key, str] | None = None) -> None:
     """Rows of an existing table stay where they are, unless they are written anew."""
     before = configs.table(str(out)) if out.is_file() else {}
-    order = {key: i for i, key in enumerate(_ordered())}
+    order = {key: i for i, key in enumerate(configs.every_key())}
     merged = dict(sorted({**before, **rows}.items(), key=lambda entry: order[entry[0]]))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +209,3 @@ def _write(out: Path, rows: Mapping[Key, Config], remarks: Mapping[Key, str] | N
     except OSError as error:
         raise ValueError(f"out: cannot write {out}: {error.strerror}") from None
     configs.table.cache_clear()
-
-
-def _ordered() -> list[Key]:
-    return [p.key for p in places_of(Request())]

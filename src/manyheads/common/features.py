@@ -17,10 +17,25 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
+from .directions import gaussian, orthogonal
 from .errors import unknown
 from .tracing import constant
 
-Norms = Literal["chi", "constant"]
+__all__ = [
+    "FeatureMap",
+    "Pointwise",
+    "Positive",
+    "Powers",
+    "Rectified",
+    "Scaled",
+    "Softmax",
+    "Taylor",
+    "Trigonometric",
+    "gaussian",
+    "orthogonal",
+    "pair",
+    "wide",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +64,11 @@ class FeatureMap:
         """
         return wide(x), None
 
+    def floored(self, x: Float[Tensor, "*batch D"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """:meth:`scaled` with what a token adds to each of its features kept apart too, ``(...)``, or None for 0."""
+        features, log = self.scaled(x)
+        return features, None, log
+
     def times(self, factor: float) -> FeatureMap:
         """The map of ``factor * x``: where a scale of the scores goes."""
         return self if factor == 1.0 else Scaled(self, factor)
@@ -65,6 +85,11 @@ class Scaled(FeatureMap):
 
     inner: FeatureMap
     factor: float
+
+    @property
+    def positive(self) -> bool:  # type: ignore[override]
+        """Whether products of features are never negative."""
+        return self.inner.positive
 
     def scaled(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features of the multiplied tokens."""
@@ -169,7 +194,14 @@ class Positive(FeatureMap):
         return self if factor == 1.0 else Positive(self.projection, self.hyperbolic, self.eps, self.factor * factor)
 
     def scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features in (0, 1 + 1 / m], and a logarithm per token."""
+        """Features up to 2, and a logarithm per token."""
+        y, floor, log = self.floored(x)
+        if floor is not None:
+            y = y + floor[..., None] if y.requires_grad else y.add_(floor[..., None])
+        return y, log
+
+    def floored(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The exponentials, what ``eps`` adds to each, and a logarithm per token."""
         x = wide(x)
         y = _projected(x, self.projection, self.factor)
         half = torch.linalg.vector_norm(x, dim=-1).square() * (self.factor**2 / 2)
@@ -183,10 +215,8 @@ class Positive(FeatureMap):
         if half.requires_grad:
             top = top + (half - known)  # 0, with a gradient: subtracting large halves would cost digits
         y = y.sub_(top[..., None]).exp_()  # in place: neither step needs what it overwrites to differentiate
-        if self.eps:
-            floor = ((-log).exp() * self.eps)[..., None]
-            y = y + floor if y.requires_grad else y.add_(floor)
-        return y, log.sub_(0.5 * math.log(y.shape[-1]))
+        floor = (-log).exp() * self.eps if self.eps else None
+        return y, floor, log - 0.5 * math.log(y.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,81 +380,6 @@ class Taylor(FeatureMap):
         return torch.cat([Powers(n)(x) * math.factorial(n) ** -0.5 for n in self.orders], -1), None
 
 
-def gaussian(
-    features: int,
-    width: int,
-    *,
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Float[Tensor, "features width"]:
-    """Draws independent normal rows.
-
-    Args:
-        features: Rows m.
-        width: Channels D.
-        generator: Source of randomness on the CPU; torch's default when missing.
-        dtype: Dtype of the result.
-        device: Where to put the result.
-
-    Returns:
-        (m, D).
-
-    Raises:
-        ValueError: For numbers below 1.
-
-    Example:
-        >>> gaussian(5, 3).shape
-        torch.Size([5, 3])
-    """
-    _sizes(features, width)
-    return torch.randn(features, width, generator=generator, dtype=torch.float64).to(device, dtype)
-
-
-def orthogonal(
-    features: int,
-    width: int,
-    *,
-    norms: Norms = "chi",
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Float[Tensor, "features width"]:
-    r"""Draws rows that are orthogonal within every block of ``width``, each by itself distributed as a normal vector.
-
-    Blocks come from the QR decomposition of normal matrices. The signs that the decomposition fixes are drawn back,
-    without which every row would lie in one half of the space and the estimates would be biased.
-
-    Args:
-        features: Rows m.
-        width: Channels D.
-        norms: ``"chi"`` draws each row's length as that of a normal vector; ``"constant"`` takes the square root of D.
-        generator: Source of randomness on the CPU; torch's default when missing.
-        dtype: Dtype of the result.
-        device: Where to put the result.
-
-    Returns:
-        (m, D).
-
-    Raises:
-        ValueError: For numbers below 1 or unknown norms.
-
-    Example:
-        >>> w = orthogonal(4, 4, norms="constant", dtype=torch.float64)
-        >>> torch.allclose(w @ w.T, 4 * torch.eye(4, dtype=torch.float64))
-        True
-    """
-    _sizes(features, width)
-    if norms not in ("chi", "constant"):
-        raise unknown("norms", norms, ("chi", "constant"))
-    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    blocks = -(-features // width)
-    q, r = torch.linalg.qr(draw(blocks, width, width))
-    rows = (q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]).mT.flatten(0, 1)[:features]
-    length = draw(features, width).norm(dim=1) if norms == "chi" else torch.full((features,), width**0.5).double()
-    return (rows * length[:, None]).to(device, dtype)
-
-
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """A tensor in the dtype of sums: float64 as it is, everything else float32."""
     return x if x.dtype == torch.float64 else x.float()
@@ -461,20 +416,14 @@ def _projected(x: Tensor, projection: Tensor, factor: float) -> Tensor:
 
 
 def _matrix(projection: Tensor) -> None:
-    if projection.dim() != 2 or not projection.is_floating_point():
-        raise ValueError(
-            f"projection: expected a floating (m, D), got {projection.dtype} of shape {tuple(projection.shape)}"
-        )
+    if projection.dim() != 2 or not projection.shape[0] or not projection.is_floating_point():
+        found = f"{projection.dtype} of shape {tuple(projection.shape)}"
+        raise ValueError(f"projection: expected a floating (m, D) with m >= 1, got {found}")
 
 
 def _not_negative(name: str, value: float) -> None:
     if not value >= 0:
         raise ValueError(f"{name}: expected a number from 0, got {value}")
-
-
-def _sizes(features: int, width: int) -> None:
-    if features < 1 or width < 1:
-        raise ValueError(f"features: expected at least one row and one channel, got {features} and {width}")
 
 
 @constant

@@ -20,9 +20,9 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 """Every kernel with a row in a table, and its kinds of calls.
 
-Of ``tiled`` (``forward``, ``rows_backward``, ``keys_backward``): ``plain``: softmax over masked scores; ``general``: with
-one of a bias, cap, dropout, skipping or another weight; ``heavy``: with several of them. Of ``scan`` (``carry``, ``mix``):
-outputs, gradients, and gradients together with the sums from which those of decays are made.
+Of ``tiled`` (``forward``, ``rows_backward``, ``keys_backward``): ``plain``: softmax over masked scores; ``general``:
+with one of a bias, cap, dropout, skipping or another weight; ``heavy``: with several of them. Of ``scan`` (``carry``,
+``mix``): outputs, gradients, and gradients together with the sums from which those of decays are made.
 """
 KERNELS = tuple(KINDS)
 FILES = ("tiled/configs.tsv", "scan/configs.tsv")
@@ -95,11 +95,11 @@ def table(path: str | None = None) -> Mapping[Key, Config]:
     return {**shipped, **table(own)} if own else shipped
 
 
-def keys() -> list[Key]:
+def every_key() -> list[Key]:
     """Every row that the tables must have, in their order.
 
     Example:
-        >>> ("carry", "sm_90", 128, 2, "forward") in keys()
+        >>> ("carry", "sm_90", 128, 2, "forward") in every_key()
         True
     """
     return [

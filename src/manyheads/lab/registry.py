@@ -12,8 +12,9 @@ from typing import Any
 from manyheads.common.errors import unknown
 
 ENGINES = {"tiled": "manyheads.lab.tiled", "scan": "manyheads.lab.scan"}
-"""Engines with kernels, and the module that describes them, with ``KERNELS`` and ``cases()``; for the tuner also
-``variants()``, ``shapes()``, ``case()``, ``cycles()`` and ``bound()``. A new engine is a line here and such a module."""
+"""Engines with kernels, and the module that describes them, with ``KERNELS`` and ``cases()``, for the tuner also with
+``variants()``, ``shapes()``, ``case()``, ``cycles()`` and ``bound()``. A new engine is a line here and such a
+module."""
 
 EXACT = "float32 products run on the plain units, whose operands lie in registers"
 """Why a kernel may spill in float32."""

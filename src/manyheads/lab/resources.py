@@ -21,7 +21,7 @@ class Need:
     Attributes:
         triton: Version of the compiler.
         kernel, target, dtype, width, variant: Which case.
-        tile: Queries and keys of a tile, ``"128x64"``.
+        tile: Queries and keys of a tile, ``"128x64"``; see ``engine.configs`` for other kernels.
         warps, stages: Of the configuration.
         registers, spilled, shared, tensor: See ``aot.Compiled``.
         matrix: Matrix instructions of the target in the assembly.
@@ -71,7 +71,9 @@ def need_of(made: Made) -> Need:
     if made.compiled is None:
         raise ValueError(f"{made.case.id} did not compile: {made.error}")
     case, found, seen = made.case, made.compiled, made.compiled.instructions
-    rows, keys = case.constants.get("BM", case.constants.get("ROWS", 0)), case.constants.get("BN", 0)
+    fixed = case.constants
+    rows = next((fixed[name] for name in ("BM", "BD", "BX", "ROWS", "TILE") if name in fixed), 0)
+    keys = next((fixed[name] for name in ("BN", "BV", "BZ") if name in fixed), 0)
     return Need(
         made.triton,
         case.kernel,

@@ -37,6 +37,7 @@ class ByteCache(Generic[V]):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._held: OrderedDict[Hashable, V] = OrderedDict()
+        self._known = self._new = 0  # bytes when last counted and of values since, and how many these are
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -58,19 +59,24 @@ class ByteCache(Generic[V]):
             if value.held_bytes <= self.limit:
                 self._held[key] = value
                 self._held.move_to_end(key)
-                self._shrink()
+                self._known, self._new = self._known + value.held_bytes, self._new + 1
+                # counting all again for each new value would take quadratic time
+                if self._known > self.limit or 8 * self._new > len(self._held):
+                    self._shrink()
         return value
 
     def clear(self) -> None:
         """Drops everything."""
         with self._lock:
             self._held.clear()
+            self._known = self._new = 0
 
     def _shrink(self) -> None:
         sizes = {key: value.held_bytes for key, value in self._held.items()}
         total = sum(sizes.values())
         for key, size in sizes.items():
             if total <= self.limit:
-                return
+                break
             del self._held[key]
             total -= size
+        self._known, self._new = total, 0

@@ -173,8 +173,14 @@ def _parallax(config: Config, layer: int, *, qk_norm: bool = True, window: int =
     return Parallax(config.width, config.heads, qk_norm=qk_norm, window=window or None, **_pairs(config))
 
 
+def _least_squares(config: Config, layer: int, *, conv: int = 4, ridge: float = 0.1) -> nn.Module:
+    from manyheads.nn.least_squares import LeastSquares
+
+    return LeastSquares(config.width, config.heads, conv=conv, ridge=ridge)
+
+
 def _natsl(config: Config, layer: int, *, chunk: int = 64) -> nn.Module:
-    from manyheads.mechanism.linear.natsl import NATSConfig as Chunks
+    from manyheads.mechanism.linear import NATSConfig
     from manyheads.nn.natsl import NATSL
 
     return NATSL(config.width, config.heads, config=NATSConfig(chunk=chunk, split=2))
@@ -200,6 +206,7 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "rat": _rat,
     "lla": _lla,
     "parallax": _parallax,
+    "least-squares": _least_squares,
     "natsl": _natsl,
 }
 """Every mixer: ``(config, layer, *, options) -> module``."""

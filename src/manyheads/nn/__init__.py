@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention import Attention
 from .gated_delta import GatedDeltaNet
+from .least_squares import LeastSquares
 from .local_linear import LocalLinearAttention
 from .mlstm import MLSTM
 from .natsl import NATSL
@@ -11,4 +12,14 @@ from .parallax import Parallax
 from .rat import RAT
 from .shortconv import ShortConv
 
-__all__ = ["Attention", "GatedDeltaNet", "LocalLinearAttention", "MLSTM", "NATSL", "Parallax", "RAT", "ShortConv"]
+__all__ = [
+    "Attention",
+    "GatedDeltaNet",
+    "LeastSquares",
+    "LocalLinearAttention",
+    "MLSTM",
+    "NATSL",
+    "Parallax",
+    "RAT",
+    "ShortConv",
+]

@@ -176,7 +176,7 @@ class Attention(nn.Module):
             value: Same layout, width ``vdim``; default the key.
             key_padding_mask: (B, Nk) or (Nk,), True or minus infinity at padding.
             need_weights: Whether to return the attention weights too, which takes Nq x Nk memory per head; by
-                default, as in torch, with the exact core, and not with another.
+                default, as in torch, with the exact core, and not with another or inside a parallel context.
             attn_mask: (Nq, Nk) or (B * Hq, Nq, Nk), boolean with True hiding, or floating and added to the
                 scores.
             average_attn_weights: Whether returned weights are averaged over heads.
@@ -214,7 +214,7 @@ class Attention(nn.Module):
             at = positions or _usual_positions(q, k)
             q, k = self.rope(q, at[0]), self.rope(k, at[1])
         weights = None
-        if self.core is attention if need_weights is None else need_weights:
+        if (self.core is attention and not scopes.active) if need_weights is None else need_weights:
             weights = self._weights(q, k, asked)
             weights = weights.mean(1) if average_attn_weights else weights
         if self.training and self.dropout:

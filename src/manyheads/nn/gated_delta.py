@@ -135,7 +135,7 @@ class GatedDeltaNet(nn.Module):
         """
         check_tokens(x, self.embed_dim)
         q, k, v, kept = self._inputs(x, mask, None if cache is None else cache.convs, return_cache)
-        decay, beta = (g.transpose(1, 2) for g in self._gates(x))
+        decay, beta = self._gates(x)
         memory = None if cache is None else cache.memory
         o, memory = gated_delta(
             q, k, v, decay=decay, beta=beta, mask=mask, state=memory, return_state=True, chunk=self.chunk
@@ -173,13 +173,25 @@ class GatedDeltaNet(nn.Module):
         return q, k, v, kept
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        decay, beta = gates(self.a_proj(x), self.b_proj(x), self.log_rate, self.decay_bias)
+        """Log decay and overwritten share, ``(B, H, N)`` or ``(B, H)``."""
+        a, b = (by_head(p(x)) for p in (self.a_proj, self.b_proj))
+        decay, beta = gates(a, b, self.log_rate, self.decay_bias)
         return decay, 2 * beta if self.negative else beta
 
     def _out(self, x: Tensor, o: Tensor) -> Tensor:
         """The gated norm and the last projection; ``o`` is ``(B, [N,] H, Dv)``."""
         normed = F.rms_norm(o, (self.value_dim,), self.norm_weight.to(o.dtype), self.norm_eps).flatten(-2)
         return self.o_proj(normed if self.g_proj is None else normed * F.silu(self.g_proj(x)))
+
+
+def by_head(x: Tensor) -> Tensor:
+    """Numbers of heads, ``(B, N, H)`` to contiguous ``(B, H, N)``; ``(B, H)`` stays.
+
+    Example:
+        >>> by_head(torch.ones(2, 5, 3)).shape
+        torch.Size([2, 3, 5])
+    """
+    return x.transpose(1, 2).contiguous() if x.dim() == 3 else x
 
 
 def convolved(

@@ -11,21 +11,19 @@ from torch.nn import functional as F
 from manyheads.common.errors import unknown
 from manyheads.mask import Mask
 from manyheads.mechanism.carrier import order
-from manyheads.mechanism.linear.chunks import cut
-from manyheads.mechanism.linear.gated_delta import unit_length
-from manyheads.mechanism.linear.natsl import (
-    SPEC,
+from manyheads.mechanism.linear.branches import (
     Branches,
     NATSConfig,
     NATSState,
     branches,
     branches_step,
-    choose,
-    gated_norm,
     split_channels,
 )
+from manyheads.mechanism.linear.chunks import cut
+from manyheads.mechanism.linear.gated_delta import unit_length
+from manyheads.mechanism.linear.natsl import SPEC, choose, gated_norm
 
-from .gated_delta import GatedDeltaNet
+from .gated_delta import GatedDeltaNet, by_head
 from .inputs import check_token, check_tokens, join_heads
 
 MEMORIES = ("gated-delta", "delta", "gated")
@@ -125,8 +123,7 @@ class NATSL(GatedDeltaNet):
             self.register_module("b_proj", None)
         self.types = nn.Linear(embed_dim, 2 * self.type_heads, bias=False)
         self.mix = nn.Linear(num_heads * self.head_dim, 2 * self.attn_heads, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim // config.split, eps=norm_eps)
-        self.k_norm = nn.RMSNorm(self.head_dim // config.split, eps=norm_eps)
+        self.qk_weight = nn.Parameter(torch.ones(2, self.head_dim // config.split))
         self.norm_weight = nn.Parameter(torch.ones(2, self.value_dim // config.split))
         for module in (self.types, self.mix):
             nn.init.normal_(module.weight, std=0.02)
@@ -206,10 +203,14 @@ class NATSL(GatedDeltaNet):
 
     def _types(self, x: Tensor, lens: Tensor | None, cache: NATSCache | None) -> tuple[Tensor, Tensor]:
         """The type of every token's chunk, (B, types, N), and the sum of the inputs of the last chunk begun."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if not x.shape[1]:
+            total = x.new_zeros(x.shape[0], x.shape[2], dtype=wide) if cache is None else cache.total
+            return x.new_zeros(x.shape[0], self.type_heads, 0), total
         begun = 0 if cache is None else cache.state.attention.k.shape[2]
         size = self.config.chunk
         chunks = cut(x.shape[1], size, lens, offset=begun, device=x.device)
-        sums = chunks.split(x.to(torch.promote_types(x.dtype, torch.float32))[:, None]).sum(3)[:, 0]
+        sums = chunks.split(x.to(wide)[:, None]).sum(3)[:, 0]
         if cache is not None:
             sums = torch.cat([sums[:, :1] + cache.total[:, None], sums[:, 1:]], 1)
         logits = self.types((sums / size).to(x.dtype)).unflatten(-1, (self.type_heads, 2))
@@ -221,14 +222,13 @@ class NATSL(GatedDeltaNet):
         """Decay and overwritten share (B, H, N), either None, and the values that are written."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.kind == "delta":
-            beta = torch.sigmoid(self.b_proj(x).to(wide)).transpose(1, 2)
+            beta = torch.sigmoid(by_head(self.b_proj(x)).to(wide))
             return None, 2 * beta if self.negative else beta, v
         if self.kind == "gated":
-            steps = F.softplus(self.a_proj(x).to(wide) + self.decay_bias.to(wide)).transpose(1, 2)
+            steps = F.softplus(by_head(self.a_proj(x)).to(wide) + self.decay_bias.to(wide)[:, None])
             decay = -self.log_rate.to(wide).exp()[:, None] * steps
             return decay, None, (v * steps[..., None]).to(v.dtype)
-        decay, beta = self._gates(x)
-        return decay.transpose(1, 2), beta.transpose(1, 2), v
+        return *self._gates(x), v
 
     def _memory_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.kind != "gated":
@@ -237,7 +237,9 @@ class NATSL(GatedDeltaNet):
 
     def _attention_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (split_channels(t, self.config.split) for t in (q, k, v))
-        return self.q_norm(q), self.k_norm(k), v
+        weights = self.qk_weight.to(q.dtype)
+        q, k = (F.rms_norm(t, w.shape, w, self.norm_eps) for t, w in zip((q, k), weights, strict=True))
+        return q, k, v
 
     def _mixed(self, x: Tensor, q: Tensor, found: Branches) -> Tensor:
         """Both branches normalised, weighted and gated, through the last projection."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.common.errors import UnsupportedError, unknown
+from manyheads.common.scopes import refuse_inside
 from manyheads.mask import Mask
 from manyheads.mechanism.linear.gated_delta import SPEC
 
@@ -76,15 +77,18 @@ class ShortConv(nn.Module):
 
         Raises:
             ValueError: For other shapes.
-            UnsupportedError: For another mask, or a cache with documents.
+            UnsupportedError: For another mask, a cache with documents, or inside a parallel context.
         """
+        refuse_inside("ShortConv")
         check_tokens(x, self.width)
         starts = document_starts(SPEC, mask, x)
         if starts is not None and (cache is not None or return_cache):
             raise UnsupportedError("ShortConv: a cache with packed documents; convolve the documents one by one")
         before = self._cache(cache, x)
         padded = torch.cat([before, x], 1)
-        if starts is None:
+        if not x.shape[1]:
+            out = x
+        elif starts is None:
             out = F.conv1d(padded.mT, self.weight[:, None], self.bias, groups=self.width).mT
         else:
             out = self._packed(padded, starts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -130,28 +132,20 @@ class Context:
         k: Tensor,
         v: Tensor,
         *,
-        mask: Mask | str | Tensor | None = None,
-        scale: float | None = None,
-        bias: Bias | Term | None = None,
-        softcap: float | None = None,
-        sink: Tensor | None = None,
         dropout_p: float = 0.0,
         generator: torch.Generator | None = None,
-        positions: Positions | None = None,
-        key_padding: Tensor | None = None,
         return_lse: bool = False,
-        backend: str = "auto",
+        **options: Any,
     ) -> Tensor | Attn:
         """A call of ``manyheads.attention`` over the tokens of all ranks.
 
         Args:
             q, k, v: This rank's tokens, ``(B, H, n, D)``.
-            mask, scale, softcap, dropout_p, generator, return_lse: As for attention; the mask is over all tokens.
-            bias, sink: As for attention over all tokens, the same on every rank; each rank's gradient is its share,
-                and the shares add up.
-            positions: Only those of the deal, or None.
-            key_padding: bool ``(B, n)`` of this rank's keys, or ``(B, N)`` of all.
-            backend: ``"auto"``, ``"blocked"`` or ``"triton"``.
+            dropout_p, generator, return_lse: As for attention.
+            **options: The others: ``mask``, ``scale`` and ``softcap`` as for attention, the mask over all tokens;
+                ``bias`` and ``sink`` over all tokens, the same on every rank; ``positions`` those of the deal or
+                None; ``key_padding (B, n)`` of this rank's keys or ``(B, N)`` of all; ``backend`` ``"auto"``,
+                ``"blocked"`` or ``"triton"``.
 
         Returns:
             This rank's tokens of the result.
@@ -161,13 +155,16 @@ class Context:
             UnsupportedError: What the scheme cannot do, with its reasons.
             RankError: Another rank is gone.
         """
+        if torch.compiler.is_compiling():  # an exchange is no part of a graph: the call runs as it is, between two
+            return torch.compiler.disable(self.attend)(
+                q, k, v, dropout_p=dropout_p, generator=generator, return_lse=return_lse, **options
+            )
         q, k, v = _autocast(q, k, v)
         seed = torch.randint(2**62, (1,), generator=generator) if dropout_p else None
         call, problem = None, ""
         facts: dict[str, str] = {}
         try:
-            options = (scale, bias, softcap, sink, dropout_p, positions, key_padding, backend)
-            call, facts = self._call(q, k, v, mask, *options)
+            call, facts = self._call(q, k, v, dropout_p=dropout_p, **options)
         except UnsupportedError as error:
             problem = unsupported([str(error)])
         except (TypeError, ValueError) as error:
@@ -244,9 +241,7 @@ class Context:
         for size, want, what in ((value.shape[0], q.shape[0], "batch"), (value.shape[1], q.shape[1], "heads")):
             if size not in (1, want):
                 raise ValueError(f"mask: its {what} size is {size}; q has {want} (shape {tuple(q.shape)})")
-        value.check(n, n)
-        if any((side != np.arange(n)).any() for side in value.default_positions(n, n)):
-            raise UnsupportedError(f"mask: documents with two sets of lengths are not supported here: {value}")
+        described = _described(value, n)
         mine = self.deal.index(self.rank)
         given = () if positions is None else checks.positions(positions, q, k)
         if any(bool((pos.cpu() != mine).any()) for pos in given):
@@ -264,21 +259,16 @@ class Context:
         factor = q.shape[3] ** -0.5 if scale is None else float(scale)
         rest = (float(softcap or 0.0), float(dropout_p), None, tuple(terms), sink, key_padding, backend)
         call = Call(value, factor, *rest, range(q.shape[1]), range(k.shape[1]))
-        return call, self._facts(call, q, k, v)
+        return call, {"mask": described} | self._facts(call, q, k, v)
 
     def _facts(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> dict[str, str]:
         names = ("batch", "query heads", "key heads", "width", "value width")
         sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-        data = hashlib.blake2b(digest_size=8)
-        for t in call.mask.data:
-            data.update(f"{t.dtype}{tuple(t.shape)}".encode() + t.numpy().tobytes())
         deal = self.deal
         chunks = hashlib.blake2b(repr(deal.chunks).encode(), digest_size=8).hexdigest()
-        text = " ".join(w for w in call.mask.text.split("predicate(")[:1])
         return {
             **{name: str(size) for name, size in zip(names, sizes, strict=True)},
             "dtype": str(q.dtype),
-            "mask": f"{text} {data.hexdigest()}",
             "scale": repr(call.scale),
             "softcap": repr(call.softcap),
             "dropout_p": repr(call.dropout_p),
@@ -471,6 +461,20 @@ class _Unshard(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         parts = [ctx.deal.shard(grad, r, ctx.dim).contiguous() for r in range(ctx.link.world)]
         return ctx.link.summed(parts, "the sum of gradients of tokens").wait(), None, None, None
+
+
+@functools.lru_cache(32)
+def _described(mask: Mask, n: int) -> str:
+    """Checks a mask against the whole sequence, and names it alike in every process."""
+    mask.check(n, n)
+    own = any(leaf._sets_positions for leaf in mask.leaves())
+    if own and any((side != np.arange(n)).any() for side in mask.default_positions(n, n)):
+        raise UnsupportedError(f"mask: documents with two sets of lengths are not supported here: {mask}")
+    data = hashlib.blake2b(digest_size=8)
+    for t in mask.data:
+        data.update(f"{t.dtype}{tuple(t.shape)}".encode() + t.numpy().tobytes())
+    text = re.sub(r"\$fn:\w+", "function", mask.text)  # functions are numbered by each process
+    return f"{text} {data.hexdigest()}" if mask.data else text
 
 
 def _autocast(*tensors: Tensor) -> Sequence[Tensor]:

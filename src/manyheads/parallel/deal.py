@@ -79,10 +79,10 @@ class Deal:
     @cached_property
     def owner(self) -> Tensor:
         """int64 ``(n,)``: the rank that holds each token."""
-        out = torch.empty(self.n, dtype=torch.int64)
-        for rank in range(self.world):
-            out[self.index(rank)] = rank
-        return out
+        by_chunk = np.empty(-(-self.n // self.chunk), dtype=np.int64)
+        for rank, part in enumerate(self.chunks):
+            by_chunk[np.asarray(part, dtype=np.int64)] = rank
+        return torch.from_numpy(np.repeat(by_chunk, self.chunk)[: self.n])
 
     def index(self, rank: int) -> Tensor:
         """The tokens of a rank in the order in which it stores them.
@@ -100,9 +100,9 @@ class Deal:
             raise ValueError(f"rank: expected 0 to {self.world - 1}, got {rank}")
         known: dict[int, Tensor] = self.__dict__.setdefault("_index", {})
         if rank not in known:
-            start = torch.as_tensor(np.asarray(self.chunks[rank], dtype=np.int64)) * self.chunk
-            tokens = (start[:, None] + torch.arange(self.chunk)).reshape(-1)
-            known[rank] = tokens[tokens < self.n]
+            start = np.asarray(self.chunks[rank], dtype=np.int64) * self.chunk
+            tokens = (start[:, None] + np.arange(self.chunk)).reshape(-1)
+            known[rank] = torch.from_numpy(tokens[: self.counts[rank]])  # a short chunk is the last one
         return known[rank]
 
     def positions(self, rank: int) -> Tensor:
@@ -151,8 +151,9 @@ class Deal:
             >>> contiguous(8, 2).areas(Causal()), zigzag(8, 2).areas(Causal())
             ((10, 26), (18, 18))
         """
-        per_query = query_areas(layout_of(mask, self.n))
-        return tuple(int(per_query[self.index(rank).numpy()].sum()) for rank in range(self.world))
+        sums = np.zeros(self.world, dtype=np.int64)
+        np.add.at(sums, self.owner.numpy(), query_areas(layout_of(mask, self.n)))
+        return tuple(sums.tolist())
 
     def imbalance(self, mask: Mask | TileLayout) -> float:
         """The largest area of a rank over the mean area; 1.0 is perfect."""

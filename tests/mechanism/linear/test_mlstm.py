@@ -143,6 +143,7 @@ def test_behind_a_scale_free_norm_the_manual_backward_is_exact(generator, gate):
 
 def test_a_huge_input_gate_does_not_overflow(generator):
     (q, k, v), gates = draw(generator, dtype=torch.float32)
+    q, k = q.abs(), k.abs()  # so that no divisor is zero by chance
     huge = gates | {"input_gate": torch.full((B, H, N), 100.0)}
     leaf = huge["input_gate"].requires_grad_()
     out, state = mlstm(q, k, v, **huge, return_state=True)
@@ -152,7 +153,7 @@ def test_a_huge_input_gate_does_not_overflow(generator):
     assert torch.isinf(torch.tensor(100.0).exp())
     wide = {name: g.double() for name, g in huge.items()}
     want = reference(q.double(), k.double(), v.double(), **wide)
-    assert (out - want).abs().max() < 1e-3 * want.abs().max()
+    assert (out - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_the_sigmoid_gate_needs_no_maximum(generator):

@@ -291,3 +291,15 @@ def test_wrong_options_and_missing_types_are_named(generator):
     with pytest.raises(UnsupportedError, match="a state with packed documents"):
         natsl(*qkv, **gates, state=state, mask=Document([2]) & Causal())
     assert isinstance(raw(qkv, gates), Branches)
+
+
+def test_compiled_documents_give_the_same(generator):
+    qkv, gates = draw(generator, b=1)
+
+    def run(q, k, v, gates, mask):
+        return natsl(q, k, v, **gates, config=CONFIGS["plain"], mask=mask)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for lens in ([10, 19], [1, 28]):
+        mask = Document(lens) & Causal()
+        close(compiled(*qkv, gates, mask), run(*qkv, gates, mask))

@@ -83,6 +83,18 @@ def test_steps_equal_one_call(generator, chunk, rope):
         close(a, b)
 
 
+def test_a_chunk_that_is_never_full_costs_no_more_than_its_tokens(generator):
+    qkv, forget = draw(generator)
+    once = rat(*qkv, forget=forget, chunk=10**9)
+    state, outs = None, []
+    for part in (slice(0, 11), slice(11, 12), slice(12, N)):
+        out, state = rat(*(t[:, :, part] for t in qkv), forget=forget[:, :, part], chunk=10**9, state=state,
+                         return_state=True)  # fmt: skip
+        outs.append(out)
+    close(torch.cat(outs, 2), once)
+    assert state.keys.shape[2] == 0 and state.tokens == N
+
+
 def test_a_cache_holds_one_entry_for_each_chunk(generator):
     qkv, forget = draw(generator)
     _, state = rat(*qkv, forget=forget, chunk=8, return_state=True)

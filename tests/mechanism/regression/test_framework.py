@@ -60,6 +60,12 @@ def test_the_recurrent_form_is_the_parallel_form(name, features, generator):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_no_tokens_are_legal(name, generator):
+    (q, k, v), gates = draw(generator, name, n=0)
+    assert regress(q, k, v, config=Regression(name, shift=True), **gates).shape == (*q.shape[:3], 3)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_no_layer_sees_the_future(name, generator):
     inputs, gates = draw(generator, name)
     changed = [t.clone() for t in inputs]

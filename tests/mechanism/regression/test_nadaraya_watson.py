@@ -129,6 +129,14 @@ def test_a_row_without_keys_is_zero_under_every_kernel(generator):
         assert (got.out[:, :, :4] == 0).all() and (got.lse[:, :, :4] == -math.inf).all()
 
 
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_queries_and_no_keys_are_legal(kernel, sizes, generator):
+    q, k, v = draw(generator, *sizes)
+    got = nadaraya_watson(q, k, v, kernel=kernel, bandwidth=torch.ones(4), return_lse=True)
+    assert got.out.shape == (2, 4, sizes[0], 2) and (got.out == 0).all() and (got.lse == -math.inf).all()
+
+
 @pytest.mark.parametrize("kernel", SMOOTH)
 def test_gradients_reach_the_bandwidth(kernel, generator):
     q, k, v = draw(generator, nq=5, nk=7)
@@ -280,11 +288,27 @@ def test_wrong_input_is_named(options, error, match, generator):
         nadaraya_watson(*draw(generator), **options)
 
 
-def test_the_kernels_without_a_cone_say_so(generator):
+@pytest.mark.parametrize("kernel", ["gaussian", "epanechnikov", "constant", "exponential"])
+def test_four_kernels_run_on_triton(kernel, generator):
+    pytest.importorskip("triton")
+    inputs = draw(generator)
+    results = {}
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "blocked")):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        h = torch.full((4,), 2.5, dtype=dtype, requires_grad=kernel != "constant")
+        out = nadaraya_watson(*leaves, kernel=kernel, bandwidth=h, mask="causal", backend=backend)
+        grads = torch.autograd.grad(out.square().sum(), [*leaves, h] if h.requires_grad else leaves)
+        results[backend] = [t.double() for t in (out, *grads)]
+    for a, b in zip(*results.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", ["triangular", "boxcar"])
+def test_two_kernels_are_refused_on_triton_with_a_reason(kernel, generator):
     pytest.importorskip("triton")
     q, k, v = draw(generator, dtype=torch.float32)
-    with pytest.raises(UnsupportedError, match="no kernel has the weight 'cone'"):
-        nadaraya_watson(q, k, v, kernel="triangular", backend="triton")
+    with pytest.raises(UnsupportedError, match="float64 has no matrix instruction; use backend='blocked'"):
+        nadaraya_watson(q, k, v, kernel=kernel, backend="triton")
 
 
 def test_a_layer_refuses_what_it_cannot_learn():

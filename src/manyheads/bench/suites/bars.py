@@ -371,6 +371,7 @@ def _judged(base: Row, measured: float | None, target: str, met: bool) -> Row:
 
 
 def worded(base: Row, more: str) -> Row:
+    """A row of ``targets`` whose bar says more."""
     return base.replace(bar=f"{base.bar}: {more}")
 
 

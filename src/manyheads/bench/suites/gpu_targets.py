@@ -1,4 +1,4 @@
-"""The bars of a GPU: rates of the own kernel, many masks against FlexAttention, and random blocks against dense."""
+"""The bars of a GPU: rates of the own kernel, many masks over FlexAttention, random blocks over dense, recurrences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from manyheads.bench.suite import Case, Options
-from manyheads.bench.suites import bars, masks, patterns
+from manyheads.bench.suites import bars, gpu_linear, masks, patterns
 from manyheads.bench.suites.bars import Bar
 from manyheads.bench.workload import Problem
 from manyheads.mask import as_mask
@@ -34,7 +34,7 @@ def made(options: Options) -> list[Bar]:
     Returns:
         The bars.
     """
-    return [*_dense(options), *_flex(options), *_sparse(options)]
+    return [*_dense(options), *_flex(options), *_sparse(options), *gpu_linear.made(options)]
 
 
 def _dense(options: Options) -> list[Bar]:

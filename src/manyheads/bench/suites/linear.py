@@ -31,6 +31,8 @@ DENSE_UP_TO = 16_384
 """Tokens above which dense attention is not worth waiting for."""
 LENGTHS = {"quick": (2048,), "default": (2048, 8192), "full": (512, 2048, 8192, 32_768)}
 DECAYS = ("none", "head", "token", "channel", "delta", "mlstm")
+COMPARED = ("token", "channel", "delta")
+"""Decays that another package has too."""
 PROVIDERS = (OURS, "fla", "performer", DENSE, SDPA)
 
 Inputs = dict[str, Tensor]
@@ -85,7 +87,7 @@ def cases(options: Options) -> list[Case]:
         recurrence(kind, Shape(n, dtype=dtype, seed=options.seed, device=options.device))
         for dtype in options.pick(("float32",))
         for kind in DECAYS
-        for n in lengths
+        for n in (lengths if options.lengths or options.level == "full" or kind in COMPARED else lengths[-1:])
     ]
     n = lengths[-1]
     shapes = [Shape(min(n, 4096), dtype=dtype, seed=options.seed, device=options.device) for dtype in ("float32",)]
@@ -107,7 +109,7 @@ def recurrence(kind: str, shape: Shape) -> Case:
     Returns:
         The case.
     """
-    who = [OURS] + (["fla"] if kind in ("token", "channel", "delta") and shape.device == "cpu" else [])
+    who = [OURS] + (["fla"] if kind in COMPARED and shape.device == "cpu" else [])
     who += [DENSE, SDPA] if shape.tokens <= DENSE_UP_TO else []
 
     def sides(made: Inputs) -> dict[str, Callable[[], Side]]:
@@ -120,7 +122,7 @@ def recurrence(kind: str, shape: Shape) -> Case:
         plain = ours(kind, few, backend="reference")
         return exact, _limit(plain, start)
 
-    seconds = 2.0 + shape.tokens / 2000 * (2.0 if kind == "channel" else 0.7)
+    seconds = 2.0 + shape.tokens / 8192 * (3.0 if kind == "channel" else 1.5)
     return _case(f"scan-{kind}-{shape.tokens}-{shape.dtype}", shape, who, sides, judge, seconds)
 
 
@@ -170,7 +172,7 @@ def favor(order: str, shape: Shape) -> Case:
         exact = only(reference(*(t.double() for t in qkv), projection=w.double(), mask=order))
         return exact, _limit(only(reference(*qkv, projection=w, mask=order)), exact)
 
-    return _case(f"favor-{order}-{shape.tokens}", shape, (OURS, "performer", DENSE, SDPA), sides, judge, 6.0)
+    return _case(f"favor-{order}-{shape.tokens}", shape, (OURS, "performer", DENSE, SDPA), sides, judge, 4.5)
 
 
 def parallax(shape: Shape) -> Case:
@@ -187,7 +189,7 @@ def parallax(shape: Shape) -> Case:
         start = _parallax_plainly(*(t.double() for t in few))
         return only(ours_(*whole[:3], r=whole[3], mask="causal")), _limit(_parallax_plainly(*few), start)
 
-    return _case(f"parallax-{shape.tokens}-{shape.dtype}", shape, (OURS, DENSE, SDPA), sides, judge, 8.0)
+    return _case(f"parallax-{shape.tokens}-{shape.dtype}", shape, (OURS, DENSE, SDPA), sides, judge, 5.0)
 
 
 def _parallax_plainly(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ def local_linear(shape: Shape) -> Case:
         exact = only(reference(*(t.double() for t in qkv), mask="causal"))
         return exact, _limit(only(reference(*qkv, mask="causal")), exact)
 
-    return _case(f"lla-{shape.tokens}-{shape.dtype}", shape, (OURS, DENSE, SDPA), sides, judge, 10.0)
+    return _case(f"lla-{shape.tokens}-{shape.dtype}", shape, (OURS, DENSE, SDPA), sides, judge, 5.0)
 
 
 def decoding(shape: Shape) -> Case:

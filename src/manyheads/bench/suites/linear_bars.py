@@ -164,7 +164,7 @@ def _flat(options: Options, lengths: Sequence[int], heads: int, width: int) -> B
             out.append(bars.at_most(bars.cautioned(base.replace(note=note or None), *rows), spread, target))
         return out
 
-    case = Case("targets", name, run, 12.0, (OURS,))
+    case = Case("targets", name, run, 5.0, (OURS,))
     return Bar(f"bar-{name}", (case,), judge)
 
 
@@ -182,7 +182,7 @@ def _memory(what: str, lengths: Sequence[int]) -> Bar:
                 peak = worker.ask("manyheads.bench.suites.linear_bars:peak_of", what, n)
             return [row.replace(peak_mib=peak.beyond_mib, process_mib=peak.process_mib)]
 
-        return Case("targets", f"{what}-memory-{n}", run, 3.0, (OURS,))
+        return Case("targets", f"{what}-memory-{n}", run, 1.5, (OURS,))
 
     base = _promise(f"{what}-memory", f"memory of {what} forward, one head, grows like N")
     return Bar(f"bar-{what}-memory", tuple(case(n) for n in lengths), bars.linear_memory(base, lengths, MEMORY_GIB))

@@ -13,7 +13,7 @@ import torch
 from manyheads.bench import device
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Case, Context, Options, Suite
-from manyheads.bench.suites import bars, gpu_targets, layouts, linear_bars, masks, overhead
+from manyheads.bench.suites import bars, gpu_targets, layouts, linear_bars, masks, overhead, parallel_bars
 from manyheads.bench.suites.bars import Bar
 from manyheads.bench.workload import Problem
 from manyheads.mask import as_mask
@@ -48,6 +48,7 @@ def cases(options: Options) -> list[Case]:
         return [_case(bar) for bar in gpu_targets.made(options)]
     made = [*_dense(options), *_masks(options), *_backward(options), *_layouts(options)]
     made += [*_memory(options), *_overhead(options), *_packing(options), *linear_bars.made(options)]
+    made += parallel_bars.made(options)
     if options.level == "quick":
         return [_case(bar) for bar in made if bar.level == "quick"]
     return [*(_case(bar) for bar in made), *(_elsewhere(bar) for bar in gpu_targets.made(options))]

@@ -50,7 +50,7 @@ def do_all(
     Args:
         jobs: What to train.
         say: Told now and then how far it is.
-        workers: Processes; as many as this process may use cores, by default.
+        workers: Processes; by default up to two for each core, and none where there is one core only.
 
     Returns:
         What each came to, in order.
@@ -58,7 +58,9 @@ def do_all(
     Raises:
         Exception: Whatever a training raised.
     """
-    workers = min(len(jobs), cores() if workers is None else workers)
+    # three models that share two cores end sooner than two and then one
+    most = cores() if cores() == 1 else 2 * cores()
+    workers = min(len(jobs), most if workers is None else workers)
     if workers < 2:
         return [do(job, say) for job in jobs]
     start = time.perf_counter()

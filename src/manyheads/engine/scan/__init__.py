@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ...common import checks
 from ...common.errors import UnsupportedError, unknown
+from ...common.scopes import refuse_inside
 from ...mask.documents import Document
 from .. import gpu
-from . import check, launch
+from . import check, launch, sharding
 from .op import BACKENDS, op
 from .problem import State, unpacked
 from .step import step
@@ -77,7 +78,8 @@ def scan(
         ValueError: For shapes that do not fit, or on a CPU for values out of range, naming the argument.
         TypeError: For wrong types or dtypes.
         UnsupportedError: For combinations without a meaning here: a decay per channel or an input gate with ``beta``,
-            an input gate with a decay per channel, ``normalise`` with ``beta``; and for DTensors.
+            an input gate with a decay per channel, ``normalise`` with ``beta``; for DTensors that shard more than the
+            batch and the heads; for an explicit backend that cannot take the call.
 
     Example:
         >>> q = k = v = torch.ones(1, 1, 5, 4)
@@ -86,13 +88,18 @@ def scan(
         >>> scan(q, k, v, lens=[2, 3], normalise="sum")[0, 0, :, 0].tolist()
         [1.0, 1.0, 1.0, 1.0, 1.0]
     """
+    refuse_inside("scan")
     kind = check.normaliser(normalise)
-    check.plain((q, k, v, decay, beta, gate))
     check.inputs(q, k, v, decay, beta, gate, kind, scale)
     total, m = check.packed_state(state, q, v, kind, gate is not None)
     borders = _lens(lens)
+    sharded = sharding.seen(q, k, v, decay, beta, gate)
     if key_padding is not None:
         checks.key_padding(key_padding, k)
+        if sharded:
+            mesh = sharding.plan_of(q, k, v).mesh
+            key_padding = sharding.replicated(key_padding, mesh)
+            decay, beta, gate = (None if t is None else sharding.replicated(t, mesh) for t in (decay, beta, gate))
         q, k, v, decay, beta, gate = _without_padding(key_padding, q, k, v, decay, beta, gate)
     if reverse:
         q, k, v = (t.flip(2) for t in (q, k, v))

@@ -8,7 +8,6 @@ again with recording, and differentiates it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..scratch import Scratch
 from . import autodiff
 from .pieces import Carry, Mix, rows_of
 from .problem import Problem, divide, with_ones
@@ -37,7 +37,7 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tens
     states = p.state.new_zeros(count, *p.state.shape)
     maxima = p.state.new_zeros(count if p.m is not None else 0, b, h)
     state, m = p.state.clone(), None if p.m is None else p.m.clone()
-    scratch = Scratch(p.state)
+    scratch = Scratch()
     for span in _spans(p):
         for rows in _groups(p, span.longest, 1):
             whole = _part(p, rows, slice(span.segments[0].start, span.segments[-1].stop), span.chunk, state, m)
@@ -89,23 +89,6 @@ def backward(
     return [*grads[:-1], carried if wants[-1] else None]
 
 
-class Scratch:
-    """Memory for what lives as long as a segment, given out again to the next one: fresh memory costs page faults."""
-
-    def __init__(self, like: Tensor) -> None:
-        """Takes dtype and device from a tensor."""
-        self._like = like
-        self._kept: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised memory of a shape; the last that had this name is overwritten."""
-        size = math.prod(shape)
-        kept = self._kept.get(name)
-        if kept is None or kept.numel() < size:
-            kept = self._kept[name] = self._like.new_empty(size)
-        return kept[:size].view(shape)
-
-
 def segment(
     p: Problem, w: Weights | None = None, target: Tensor | None = None, scratch: Scratch | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -128,49 +111,66 @@ def segment(
         v = with_ones(v)
     if w is None:
         w = exact(p, q, k)
-    memory = scratch or _fresh
-    read = _scaled(q, w.read, lead, memory("read", *q.shape))
-    write = _scaled(k, w.write, lead, memory("write", *k.shape))
+
+    def place(name: str, *shape: int) -> Tensor | None:
+        return None if scratch is None else scratch(name, shape, q)
+
+    read = _scaled(q, w.read, lead, place("read", *q.shape))
+    write = _scaled(k, w.write, lead, place("write", *k.shape))
     scores = w.scores
     if scores is None:
         left, right = (read, write) if w.factored else (q, k)
-        scores = torch.bmm(left, right.mT, out=memory("scores", *q.shape[:2], p.chunk))
+        scores = torch.bmm(left, right.mT, out=place("scores", *q.shape[:2], p.chunk))
         scores = _weighted(scores, w.pairs, lead)
     start = p.state.reshape(b * h, d, e)
     enter = start if w.enter is None else _by_row(w.enter, (b, h)) * start
     keep = None if w.keep is None else _by_row(w.keep, lead).unflatten(0, (b * h, n))
     if p.beta is not None:
-        left = rows_of(p.beta[..., None], p)
-        erase = k * left
-        system = torch.bmm(_scaled(erase, w.read, lead), write.mT) if w.factored else torch.bmm(erase, k.mT)
-        right = torch.cat([v * left, _scaled(erase, w.read, lead)], -1)
-        system = _weighted(system, w.pairs, lead)
-        v, erase = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split([e, d], -1)
-        update = torch.bmm(write.mT, v).view(b * h, n, d, e)
-        mix = torch.bmm(write.mT, erase).neg_().view(b * h, n, d, d)
-        mix = _plus_identity(mix, None if w.factored else keep)
-        if w.factored and keep is not None:
-            mix, update = mix.mul_(keep), update.mul_(keep)
-        states, state = Mix.apply(mix, update, enter)
-        v = torch.baddbmm(v, erase, states.flatten(0, 1), alpha=-1)
+        states, state, v = _overwritten(p, w, k, v, write, enter, keep)
     elif w.carry is not None:
-        update = torch.bmm(write.mT, v, out=memory("update", b * h * n, d, e)).view(b * h, n, d * e)
+        update = torch.bmm(write.mT, v, out=place("update", b * h * n, d, e)).view(b * h, n, d * e)
         update[:, 0] += (start if w.first is None else _by_row(w.first, (b, h)) * start).flatten(1)
         carry, before = w.carry.expand(b, h, n, n).reshape(b * h, n, n), enter.flatten(1)
-        states, state = _passed(carry, update, before, memory("states", b * h, n + 1, d * e))
+        states, state = _passed(carry, update, before, place("states", b * h, n + 1, d * e))
         states, state = states.unflatten(-1, (d, e)), state.unflatten(-1, (d, e))
     else:
         assert keep is not None
         update = torch.bmm(write.mT, v).view(b * h, n, d, e)
         states, state = Carry.apply(keep, update.mul_(keep) if w.factored else update, enter)
-    place = _place(target, p, tokens, e)
-    total = torch.baddbmm(v.new_empty(1, 1, 1) if place is None else place, scores, v, beta=0, alpha=p.scale, out=place)
-    total = torch.baddbmm(total, read, states.flatten(0, 1), alpha=p.scale, out=place)
+    direct = _direct(target, p, tokens, e)
+    base = v.new_empty(1, 1, 1) if direct is None else direct
+    total = torch.baddbmm(base, scores, v, beta=0, alpha=p.scale, out=direct)
+    total = torch.baddbmm(total, read, states.flatten(0, 1), alpha=p.scale, out=direct)
     state = state.view(b, h, d, e)
-    if target is not None and place is not None:
+    if target is not None and direct is not None:
         return target, state, w.end
     out = divide(total.view(b, h, n, p.chunk, e), p.normalise, w.rows)
     return out.flatten(2, 3)[:, :, :tokens], state, w.end
+
+
+def _overwritten(
+    p: Problem, w: Weights, k: Tensor, v: Tensor, write: Tensor, enter: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The delta rule: states before the chunks, the last one, and the values that are really written.
+
+    What a token writes is its value less what stands under its key: within a chunk a triangular system, whose solution
+    is linear in the state before the chunk. So a chunk maps states by ``keep * I - write^T erase``.
+    """
+    lead, (d, e) = (*p.q.shape[:2], -(-p.q.shape[2] // p.chunk)), enter.shape[1:]
+    size = (enter.shape[0], lead[2])
+    beta = rows_of(p.beta[..., None], p) if p.beta is not None else k.new_ones(1)
+    key = k * beta
+    read = _scaled(key, w.read, lead)
+    system = _weighted(torch.bmm(*((read, write.mT) if w.factored else (key, k.mT))), w.pairs, lead)
+    solved = torch.linalg.solve_triangular(system, torch.cat([v * beta, read], -1), upper=False, unitriangular=True)
+    v, erase = solved.split([e, d], -1)
+    update = torch.bmm(write.mT, v).unflatten(0, size)
+    mix = torch.bmm(write.mT, erase).neg_().unflatten(0, size)
+    mix.diagonal(dim1=-2, dim2=-1).add_(1.0 if keep is None or w.factored else keep[..., 0])
+    if w.factored and keep is not None:
+        mix, update = mix.mul_(keep), update.mul_(keep)
+    states, state = Mix.apply(mix, update, enter)
+    return states, state, torch.baddbmm(v, erase, states.flatten(0, 1), alpha=-1)
 
 
 def _passed(carry: Tensor, update: Tensor, enter: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ def _passed(carry: Tensor, update: Tensor, enter: Tensor, states: Tensor | None)
     return states[:, :-1], states[:, -1]
 
 
-def _place(target: Tensor | None, p: Problem, tokens: int, width: int) -> Tensor | None:
+def _direct(target: Tensor | None, p: Problem, tokens: int, width: int) -> Tensor | None:
     """The target as chunks ``(R, C, Dv)``, where products can be written into it."""
     if target is None or tokens % p.chunk or target.dtype != p.accumulate or p.normalise or p.gate is not None:
         return None
@@ -210,19 +210,9 @@ def _scaled(t: Tensor, weights: Tensor | None, lead: tuple[int, int, int], place
     return torch.mul(t.unflatten(0, lead), weights, out=out).flatten(0, 2)
 
 
-def _fresh(name: str, *shape: int) -> None:
-    """No memory of its own: results are fresh."""
-
-
 def _by_row(t: Tensor, lead: tuple[int, ...]) -> Tensor:
     """``(..., 1|D)`` as factors ``(R, 1|D, 1)`` of the rows of a state."""
     return t.expand(*lead, t.shape[-1]).reshape(-1, t.shape[-1], 1)
-
-
-def _plus_identity(mix: Tensor, keep: Tensor | None) -> Tensor:
-    """``keep * I + mix``; the diagonal is added in place, which recording allows."""
-    mix.diagonal(dim1=-2, dim2=-1).add_(1.0 if keep is None else keep[..., 0])
-    return mix
 
 
 class _Span(NamedTuple):

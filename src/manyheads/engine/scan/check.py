@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ...common import checks
 from ...common.errors import UnsupportedError, unknown
+from .. import sharding
 from .problem import NORMALISERS, State, accumulate
 
 
@@ -27,13 +27,12 @@ def normaliser(given: bool | str) -> str:
 
 
 def plain(tensors: Iterable[Tensor | None]) -> None:
-    """Refuses sharded tensors, for which the operator has no rules.
+    """Refuses sharded tensors, for an operator without rules for them.
 
     Raises:
         UnsupportedError: For a DTensor.
     """
-    module = None if torch.compiler.is_compiling() else sys.modules.get("torch.distributed.tensor")
-    if module is not None and any(isinstance(t, module.DTensor) for t in tensors):
+    if sharding.seen(*tensors):
         raise UnsupportedError("scan: DTensors are not supported; call it on each rank's batch entries and heads")
 
 

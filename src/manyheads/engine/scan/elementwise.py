@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...common.scopes import refuse_inside
 from . import check
 from .problem import accumulate
 
@@ -35,13 +36,14 @@ def elementwise(
     Raises:
         ValueError: For shapes that differ.
         TypeError: For what is not a floating tensor.
-        UnsupportedError: For DTensors.
+        UnsupportedError: For DTensors, and inside a parallel context.
 
     Example:
         >>> keep, x = torch.full((4, 1), 0.5), torch.ones(4, 1)
         >>> elementwise(keep, x)[:, 0].tolist()
         [1.0, 1.5, 1.75, 1.875]
     """
+    refuse_inside("elementwise")
     check.plain((keep, x, state))
     for name, t in (("keep", keep), ("x", x), ("state", state)):
         if t is not None and (not isinstance(t, Tensor) or not t.is_floating_point()):

@@ -77,21 +77,27 @@ def backward(
         grads: list[Tensor | None] = [None if t is None else torch.zeros_like(t) for t in p.tensors]
         return [*grads[:-1], dstate]
     decays = wants[3] and p.decay is not None
+    flowing = decays or (wants[5] and p.gate is not None)
     cut = _Cut.of(p.q, p.chunk)
     run = _Run(p, cut)
     parts = cut.parts(p, rest)
+    dout = readable(torch.zeros_like(p.v[:, :1]).expand(*p.q.shape[:3], -1) if dout is None else dout)
+    extra = None
+    if p.normalise:
+        assert out is not None
+        if flowing and p.q.dtype.itemsize == 2:
+            # summed over tokens, the rounding of a half-precision output would show
+            fresh = {name: torch.empty_like(parts[name]) for name in ("factor", "slope")}
+            out = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+            run.mix("forward", cut, parts | fresh, (run.q, run.k, run.v), states, out, NORMALISE=p.normalise)
+        extra = -(parts["slope"].view(p.q.shape[:3]) * row_products(dout, readable(out).contiguous()))
     if decays and cut.per > 1:
         fine = _Cut(cut.tile, 1, cut.tiles)  # what passes a tile needs the states at both of its ends
         own = fine.parts(p)
         states, _, _ = run.states(fine, own)
         cut, parts = fine, own | {name: parts[name] for name in ("factor", "slope")}
-    dout = readable(torch.zeros_like(p.v[:, :1]).expand(*p.q.shape[:3], -1) if dout is None else dout)
-    extra = None
-    if p.normalise:
-        assert out is not None
-        extra = -(parts["slope"].view(p.q.shape[:3]) * row_products(dout, out.to(dout.dtype).contiguous())).contiguous()
     later, later_norms, before = run.gradient_of_states(cut, parts, dout, extra, dstate)
-    flows = _Flows.like(run, cut) if decays or (wants[5] and p.gate is not None) else None
+    flows = _Flows.like(run, cut) if flowing else None
     given = parts | {"extra": extra, "flows": flows}
     (b, h, n, d), hkv, dv = p.q.shape, p.k.shape[1], p.v.shape[3]
     dq = torch.empty(b, h, n, d, dtype=run.q.dtype, device=p.q.device)

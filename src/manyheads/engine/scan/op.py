@@ -77,7 +77,7 @@ def _backward(
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     q, _, v, *_, state, m, _, _, _, chunk, backend, save = args
     (b, h, n, _), acc = q.shape, accumulate(q.dtype)
-    kept = [(0,), (0,)]
+    kept: list[tuple[int, ...]] = [(0,), (0,)]
     dtype = state.dtype
     if backend == "blocked":
         saved = blocked.checkpoints(b, h, n, chunk) if save else 0

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...common import checks
 from ...common.errors import UnsupportedError, unknown
+from ...common.scopes import refuse_inside
 from ...mask.base import Mask
 from ...mask.layout import TileLayout
 from ..result import Attn
-from ..tiled import _flat as flatten_mask
+from ..tiled import mask_parts
 from .conjugate import conjugate_gradient
 from .inverse import newton_schulz
 from .normal import Solver
@@ -188,6 +189,7 @@ def _call(
     backend: str,
 ) -> tuple[tuple[Tensor, ...], tuple[object, ...], float, tuple[object, ...]]:
     """What both operators take, checked: tensors, the mask with positions and padding, the scale, tile and backend."""
+    refuse_inside(name)
     checks.attention_inputs(q, k, v)
     module = None if torch.compiler.is_compiling() else sys.modules.get("torch.distributed.tensor")
     if module is not None and any(isinstance(t, module.DTensor) for t in (q, k, v)):
@@ -201,7 +203,7 @@ def _call(
     if key_padding is not None:
         checks.key_padding(key_padding, k)
         k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
-    text, data = flatten_mask(mask, q, k, (q_pos, k_pos))
+    text, data = mask_parts(mask, q, k, (q_pos, k_pos))
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     where = (text, data, q_pos, k_pos, key_padding)
     return (q, k, v), where, factor, (tile or _ANY_TILE, "blocked" if backend == "auto" else backend)

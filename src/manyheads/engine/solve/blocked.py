@@ -6,6 +6,8 @@ probes come from one product, with the probes as more rows.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,16 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..scratch import Scratch
 from ..tiled import products
-from ..tiled.passes import Strip
-from ..tiled.passes import _cut as cut
-from ..tiled.passes import _flat as flat
-from ..tiled.passes import _stacked as stacked
-from ..tiled.passes import _strips as strips
+from ..tiled.passes import Strip, cut, flat, stacked, strips
 from ..tiled.plan import Plan, Segment, fetch, plan_of, scatter
 from ..tiled.problem import Problem
-from ..tiled.products import _reduced_precision as reduced_precision
-from ..tiled.products import _scores_method as method_of
+from ..tiled.products import race, reduced_precision
 
 _WHOLE = 1 << 22  # pairs of a strip whose rows are weighed at once, which saves one product
 _CHUNK = 1 << 20  # pairs of a chunk otherwise
@@ -63,11 +61,11 @@ def forward(p: Problem, r: Tensor, keep: int) -> Stats:
         p.q.new_empty((*shape, p.v.shape[3]) if keep > 1 else (0,), dtype=acc),
         p.q.new_empty(shape if keep > 1 else (0,), dtype=acc),
     )
-    room = _Room()
+    scratch = Scratch()
     for strip in strips(p, plan):
         at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
         whole = keep < 2 and 0 < pairs(strip) <= _WHOLE
-        got = _whole(p, plan, strip, r, keep, room) if whole else _streamed(p, plan, strip, r)
+        got = _whole(p, plan, strip, r, keep, scratch) if whole else _streamed(p, plan, strip, r, scratch)
         for target, value in zip(found, got, strict=True):
             if target.dim() > 1 and value is not None:
                 target[at] = value.view(target[at].shape)
@@ -183,41 +181,46 @@ def _heads(at: tuple[slice, slice], like: Tensor, tokens: int) -> tuple[int, int
 # --- forward of one strip -----------------------------------------------------------------------------------------
 
 
-class _Room:
-    """Memory that the strips of one call use in turn: fresh pages would cost as much as the products."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised memory of a shape, the same again under the same name."""
-        held, size = self._held.get(name), math.prod(shape)
-        if held is None or held.numel() < size:
-            held = self._held[name] = torch.empty(size, dtype=dtype, device=device)
-        return held[:size].view(shape)
-
-    def scores(self, a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
-        """``a b^T`` as :func:`products.scores` gives it, in memory of this room."""
-        target = self.take("scores", (*a.shape[:2], b.shape[1]), acc, a.device)
-        if a.dtype == acc and (a.device.type != "cpu" or acc == torch.float64 or method_of(acc) != "onednn"):
-            return torch.bmm(a, b.mT, out=target)
-        if a.device.type == "cpu" and a.dtype == torch.bfloat16 and method_of(a.dtype) != "blas":
-            with reduced_precision():
-                return torch.bmm(a.float(), b.float().mT, out=target)
+def _scores(scratch: Scratch, name: str, a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
+    """``a b^T`` as :func:`products.scores` gives it, in memory that is there already where that is faster."""
+    if not _fills(a.dtype, a.device.type):
         return products.scores(a, b)
+    target = scratch(name, (*a.shape[:2], b.shape[1]), a, acc)
+    if a.dtype == acc:
+        return torch.bmm(a, b.mT, out=target)
+    with reduced_precision() if a.dtype == torch.bfloat16 else contextlib.nullcontext():
+        return torch.bmm(a.to(acc), b.to(acc).mT, out=target)
 
 
-def _whole(p: Problem, plan: Plan, strip: Strip, r: Tensor, keep: int, room: _Room) -> tuple[Tensor | None, ...]:
+def _fills(dtype: torch.dtype, device: str) -> bool:
+    """Whether products into memory that is there beat those that bring their own, which may be oneDNN's."""
+    return device != "cpu" or dtype != torch.float32 or _filling_wins()
+
+
+@functools.cache
+def _filling_wins() -> bool:
+    with torch.inference_mode():
+        a, b = (torch.ones(1, n, 64) for n in (512, 2048))
+        target = torch.empty(1, 512, 2048)
+        return race(lambda: torch.bmm(a, b.mT, out=target), lambda: products.scores(a, b)) < 1.2
+
+
+def _whole(p: Problem, plan: Plan, strip: Strip, r: Tensor, keep: int, scratch: Scratch) -> tuple[Tensor | None, ...]:
     """All keys of the rows at once: with ``c`` known before the values are read, one product of them is enough."""
     segments, kv = strip.row.segments, (strip.b, strip.kv)
     at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
     q, rest = _folded(p.q[at], p.scale)
     k, v = flat(fetch(p.k[kv], segments)), flat(fetch(p.v[kv], segments))
-    s, t = halves(room.scores(torch.cat([stacked(q, p), stacked(r[at], p)], dim=1), k, p.accumulate))
+    rows = stacked(q, p), stacked(r[at], p)
+    if k.shape[0] == 1:
+        s, t = halves(_scores(scratch, "scores", torch.cat(rows, dim=1), k, p.accumulate))
+    else:  # halves of several heads would not be contiguous
+        names = ("scores", "probes")
+        s, t = (_scores(scratch, name, one, k, p.accumulate) for name, one in zip(names, rows, strict=True))
     if rest != 1.0:
         s.mul_(rest)
     plan.hide(s.unflatten(1, (-1, strip.row.q1 - strip.row.q0)), segments, -math.inf)
-    shares = torch._softmax(s, -1, False, out=room.take("shares", tuple(s.shape), s.dtype, s.device))
+    shares = torch._softmax(s, -1, False, out=scratch("shares", tuple(s.shape), s))
     lse = None
     if all(m for *_, m in segments) or keep:
         top = s.amax(-1)
@@ -225,11 +228,10 @@ def _whole(p: Problem, plan: Plan, strip: Strip, r: Tensor, keep: int, room: _Ro
         shares.masked_fill_(empty[..., None], 0.0)
         lse = (top - torch.log(shares.amax(-1).masked_fill(empty, 1.0))).masked_fill(empty, -math.inf)
     # the softmax's own derivative is what is sought: p * (t - sum p t)
-    turned = s if s.is_contiguous() else room.take("turned", tuple(s.shape), s.dtype, s.device)
-    torch.ops.aten._softmax_backward_data.out(t, shares, -1, shares.dtype, grad_input=turned)
-    tilted = shares.sub_(turned)
+    torch.ops.aten._softmax_backward_data.out(t, shares, -1, shares.dtype, grad_input=s)
+    tilted = shares.sub_(s)
     if v.dtype != tilted.dtype:
-        tilted = room.take("tilted", tuple(s.shape), v.dtype, s.device).copy_(tilted)
+        tilted = scratch("tilted", tuple(s.shape), v).copy_(tilted)
     return torch.bmm(tilted, v), lse, None, None
 
 
@@ -240,7 +242,7 @@ def _folded(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return q * scale, 1.0
 
 
-def _streamed(p: Problem, plan: Plan, strip: Strip, r: Tensor) -> tuple[Tensor, ...]:
+def _streamed(p: Problem, plan: Plan, strip: Strip, r: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
     """Some keys at a time, with a running maximum; both averages are kept apart until the end."""
     at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
     kv = (strip.b, strip.kv)
@@ -251,7 +253,7 @@ def _streamed(p: Problem, plan: Plan, strip: Strip, r: Tensor) -> tuple[Tensor, 
     sums = both.new_zeros(*totals.shape, p.v.shape[3], dtype=acc)
     for segments in chunks(plan, strip):
         k, v = flat(fetch(p.k[kv], segments)), flat(fetch(p.v[kv], segments))
-        scores = products.scores(both, k)
+        scores = _scores(scratch, "scores", both, k, acc)
         s, t = halves(scores)
         top = torch.maximum(best, hidden(p, plan, strip, s, segments).amax(-1).mul_(max(p.scale, 0.0) or 1.0))
         anchor = top.masked_fill(top == -math.inf, 0.0)

@@ -78,9 +78,14 @@ class _Implicit(torch.autograd.Function):
     def forward(
         ctx: Any, matvec: Matvec, how: tuple[float, int, str], start: Tensor | None, b: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
-        found = iterate(lambda x: matvec(x, *params), b, how[0], how[1], start)
-        if found.x.shape != b.shape:
-            raise ValueError(f"matvec: expected products of the shape of b, {tuple(b.shape)}")
+        def product(x: Tensor) -> Tensor:
+            got = matvec(x, *params)
+            if got.shape != b.shape:
+                shapes = f"{tuple(b.shape)}, got {tuple(got.shape)}"
+                raise ValueError(f"matvec: expected a product of the shape of b, {shapes}")
+            return got
+
+        found = iterate(product, b, how[0], how[1], start)
         ctx.matvec, ctx.how = matvec, how
         ctx.save_for_backward(found.x, *params)
         ctx.mark_non_differentiable(*found[1:])
@@ -128,13 +133,16 @@ def iterate(
     direction, rr = r.clone(), r.square().sum(-1)
     active = rr > enough
     broken = torch.zeros_like(active)
+    believed = torch.full_like(rr, torch.inf)
     pause = 1 if b.device.type == "cpu" else 8  # steps between two looks at a device's results
     for step in range(most):
         if step % pause == 0 and not bool(active.any()):
             # what was carried along says that all are done: believe only a residual computed anew
             r = b - matvec(x)
             rr = r.square().sum(-1)
-            active = (rr > enough) & ~broken
+            # where going on did not halve it, rounding is the reason
+            active = (rr > enough) & ~broken & (rr < believed / 4)
+            believed = rr
             if not bool(active.any()):
                 break
             direction = r.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,15 +12,12 @@ from torch import Tensor
 
 from ...common.errors import unknown
 from ..tiled import products
-from ..tiled.passes import Strip
-from ..tiled.passes import _flat as flat
-from ..tiled.passes import _stacked as stacked
-from ..tiled.passes import _strips as strips
+from ..tiled.passes import Strip, flat, stacked, strips
 from ..tiled.plan import Plan, fetch, plan_of
 from ..tiled.problem import Problem
 from .blocked import chunks, exponentials, hidden, pairs
 from .conjugate import iterate
-from .result import Solution, checked_choice, default_tolerance, report
+from .result import Solution, checked_choice, report
 
 METHODS = ("direct", "cg")
 _DIRECT_WIDTH = 32  # width of the keys up to which moments are formed
@@ -41,7 +39,8 @@ class Solver:
     Args:
         method: ``"auto"``, ``"direct"`` (moments and Cholesky factors, a few queries at a time) or ``"cg"``
             (conjugate gradients, matrix-free).
-        tol: Relative residual for ``"cg"``; by default the rounding unit of the solve to the power of 0.6.
+        tol: Relative residual for ``"cg"``. By default as small as rounding lets it become, down to the rounding unit
+            to the power of 3/4; what stays above its square root counts as not converged.
         steps: Most steps for ``"cg"``; ``4 * D`` by default.
         unconverged: ``"warn"``, ``"raise"`` or ``"ignore"`` when some query is not done after them.
 
@@ -103,8 +102,9 @@ def solve(p: Problem, lse: Tensor, mean: Tensor, b: Tensor, ridge: Tensor, solve
     """
     plan, x = plan_of(p.layout), torch.zeros_like(b)
     direct = solver.chosen(p.k.shape[3]) == "direct"
-    tol = default_tolerance(b.dtype) if solver.tol is None else solver.tol
-    left, done = [], []
+    unit = torch.finfo(b.dtype).eps
+    tol, enough = (unit**0.75, unit**0.5) if solver.tol is None else (solver.tol, solver.tol)
+    left = []
     for strip in strips(p, plan):
         if not strip.row.segments:
             continue
@@ -115,15 +115,15 @@ def solve(p: Problem, lse: Tensor, mean: Tensor, b: Tensor, ridge: Tensor, solve
         if direct:
             found = task.direct()
         else:
-            found, residual, _, converged = task.iterated(tol, solver.steps or 4 * b.shape[3])
+            found, residual, *_ = task.iterated(tol, solver.steps or 4 * b.shape[3])
             left.append(residual.flatten())
-            done.append(converged.flatten())
         x[at] = found.view(x[at].shape)
     if left:
-        residual, converged = torch.cat(left), torch.cat(done)
+        residual = torch.cat(left)
+        converged = residual <= enough
         if not bool((ridge > 0).all()) and not bool(converged.all()):
             raise singular(int((~converged).sum()))
-        report("local_linear", residual, converged, tol, solver.unconverged)
+        report("local_linear", residual, converged, enough, solver.unconverged)
     return x
 
 
@@ -229,7 +229,13 @@ def factors(matrix: Tensor, ridge: Tensor) -> Tensor:
     if bool(lost.any()):
         raise singular(int(lost.sum()))
     failed = bad != 0
-    if bool(failed.any()):  # a ridge below the rounding of the moments: the least that makes them definite is added
+    if bool(failed.any()):
+        warnings.warn(
+            f"ridge: {float(ridge[failed].max()):.2g} is below the rounding of the moments of {int(failed.sum())} "
+            f"queries; up to {float(noise[failed].max()):.2g} is added to make them definite",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         matrix = matrix + torch.diag_embed((failed * noise)[:, None].expand(matrix.shape[:2]))
         factor = torch.linalg.cholesky_ex(matrix)[0]
     return factor

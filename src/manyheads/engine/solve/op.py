@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ...common.errors import UnsupportedError
 from ..autocast import casting
-from ..tiled.op import _value as value_of
-from ..tiled.op import layout_for
+from ..tiled.op import layout_for, mask_value
 from ..tiled.problem import Problem
 from ..tiled.weight import WEIGHTS
 from . import blocked, local, reference
@@ -39,9 +38,14 @@ def _problem(args: tuple[Any, ...], backward: bool) -> Problem:
     q, k, v, _, mask, data, q_pos, k_pos, padding, scale, _, tile, _ = args
     positions = None if q_pos is None or k_pos is None else (q_pos, k_pos)
     size = (tile[0], tile[1]) if tile[0] else None
-    layout = layout_for(value_of(mask, data), q, k, positions, padding, size, backward)
+    layout = layout_for(mask_value(mask, data), q, k, positions, padding, size, backward)
     unread = torch.empty(0, 0, dtype=torch.int64)
     return Problem(q, k, v, layout, unread, unread, WEIGHTS["softmax"], scale)
+
+
+def _nothing(p: Problem) -> Tensor:
+    """A result that nobody asked for; each its own, because results may not alias."""
+    return p.q.new_empty(0, dtype=p.accumulate)
 
 
 # --- what each operator does --------------------------------------------------------------------------------------
@@ -50,11 +54,10 @@ def _problem(args: tuple[Any, ...], backward: bool) -> Problem:
 def _probe(*args: Any) -> tuple[Tensor, ...]:
     *given, keep = args
     p, r = _problem(tuple(given), False), args[3].to(args[0].dtype)
-    nothing = p.q.new_empty(0, dtype=p.accumulate)
     if args[-2] == "reference":
         out, lse = reference.probe(p, r)
-        return out, lse if keep else nothing, nothing, nothing, nothing
-    return *blocked.forward(p, r, keep), nothing
+        return out, lse if keep else _nothing(p), *(_nothing(p) for _ in range(3))
+    return *blocked.forward(p, r, keep), _nothing(p)
 
 
 def _probe_backward(dout: Tensor, dlse: Tensor | None, *args: Any) -> list[Tensor]:
@@ -72,11 +75,11 @@ def _local(*args: Any) -> tuple[Tensor, ...]:
     *given, keep = args
     p, ridge = _problem(tuple(given), False), args[3]
     ridge = ridge.to(p.accumulate)
-    nothing = ridge.new_empty(0)
+    unsaved = [_nothing(p) for _ in range(3)]
     if args[-2] == "reference":
-        return *reference.local_linear(p, ridge), nothing, nothing, nothing
+        return *reference.local_linear(p, ridge), *unsaved
     out, lse, *saved = local.forward(p, ridge, Solver.read(args[10]), keep)
-    return out.to(p.v.dtype), lse, *(saved if keep > 1 else [nothing] * 3)
+    return out.to(p.v.dtype), lse, *(saved if keep > 1 else unsaved)
 
 
 def _local_backward(dout: Tensor, dlse: Tensor | None, *args: Any) -> list[Tensor]:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tiled.problem import Problem
-from ..tiled.reference import _warn_if_huge as warn_if_huge
-from ..tiled.reference import recording, weights
+from ..tiled.reference import recording, warn_if_huge, weights
 from .normal import factors
 
 

@@ -122,7 +122,7 @@ def tiled(
             key_padding = sharding.replicated(key_padding, sharding.plan_of(q, k, v).mesh)
         k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
     chosen = _backend(backend, q, v, terms, weight_named(weight).name)
-    mask_text, mask_data = _flat(mask, q, k, (q_pos, k_pos))
+    mask_text, mask_data = mask_parts(mask, q, k, (q_pos, k_pos))
     out, lse = op(
         q,
         k,
@@ -183,9 +183,15 @@ def _backend(name: str, q: Tensor, v: Tensor, terms: tuple[Term, ...], weight: s
     return "blocked" if name == "auto" else name
 
 
-def _flat(
+def mask_parts(
     mask: Maskish, q: Tensor, k: Tensor, positions: tuple[Tensor | None, Tensor | None]
 ) -> tuple[str, list[Tensor]]:
+    """The text and tensors by which a mask or a layout crosses an operator.
+
+    Raises:
+        TypeError: For what is neither.
+        ValueError: For a layout of other tokens, heads or batch entries than those of q and k.
+    """
     if isinstance(mask, Mask):
         return mask.text, list(mask.data)
     if isinstance(mask, str):

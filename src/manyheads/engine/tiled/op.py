@@ -76,7 +76,7 @@ def _problem(
     if layout is None:
         positions = None if q_pos is None or k_pos is None else (q_pos, k_pos)
         size = (tile[0], tile[1]) if tile[0] else None
-        layout = layout_for(_value(mask, mask_data), q, k, positions, key_padding, size, backward)
+        layout = layout_for(mask_value(mask, mask_data), q, k, positions, key_padding, size, backward)
         if small is not None and q.shape[2] * k.shape[2] <= _SMALL_PAIRS:
             if len(_small) > 256:
                 _small.clear()
@@ -228,7 +228,7 @@ _by_text: dict[str, Mask | TileLayout] = {}
 _by_tensors: dict[tuple[Any, ...], tuple[list[weakref.ref[Tensor]], Mask | TileLayout]] = {}
 
 
-def _value(text: str, data: Sequence[Tensor]) -> Mask | TileLayout:
+def mask_value(text: str, data: Sequence[Tensor]) -> Mask | TileLayout:
     """The mask or layout behind its text and tensors; the identity of the tensors finds it again quickly."""
     if not data:
         found = _by_text.get(text)
@@ -283,5 +283,5 @@ def _positions(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor
     known = layout.__dict__.setdefault("_placed", {})
     if device not in known:
         q_pos, k_pos = layout.positions
-        known[device] = q_pos.to(device).view(-1, layout.nq), k_pos.to(device).view(-1, layout.nk)
+        known[device] = torch.atleast_2d(q_pos.to(device)), torch.atleast_2d(k_pos.to(device))
     return known[device]

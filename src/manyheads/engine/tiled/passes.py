@@ -50,7 +50,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     plan = plan_of(p.layout)
     out = p.v.new_empty(*p.q.shape[:3], p.v.shape[3], dtype=p.result(p.v.dtype))
     lse = p.q.new_empty(p.q.shape[:3], dtype=p.accumulate)
-    for strip in _strips(p, plan):
+    for strip in strips(p, plan):
         at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
         out[at], lse[at] = (_softmax if p.weight.softmax else _kernel)(p, plan, strip)
     return out, lse
@@ -65,7 +65,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     delta = _delta(p, plan, out, lse, dout)
     if dlse is not None:
         delta = delta - dlse.to(acc)
-    for strip in _strips(p, plan):
+    for strip in strips(p, plan):
         at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
         rows = dout[at], lse[at][..., None], delta[at][..., None]
         kv = (strip.b, strip.kv)
@@ -76,7 +76,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
                 term.accumulate(grad, ds, chunk.at)
             if chunk.slope is not None:
                 ds = ds * chunk.slope
-            dq[at] += products.average(_stacked(ds, p), chunk.k).view(dq[at].shape).mul_(p.scale)
+            dq[at] += products.average(stacked(ds, p), chunk.k).view(dq[at].shape).mul_(p.scale)
             scatter(dk[kv], _over_rows(ds, p.q[at], p).mul_(p.scale), chunk.segments)
             scatter(dv[kv], _over_rows(weights, rows[0], p), chunk.segments)
     dsink = None
@@ -148,10 +148,10 @@ def _kernel_weights(p: Problem, chunk: Chunk) -> Tensor:
 def _weighted(p: Problem, strip: Strip, chunk: Chunk, weights: Tensor) -> Tensor:
     if p.dropout_p:
         weights = weights * _kept(p, strip, chunk)
-    v = _flat(fetch(p.v[strip.b, strip.kv], chunk.segments))
+    v = flat(fetch(p.v[strip.b, strip.kv], chunk.segments))
     if p.wide and p.terms:
         v = v.to(p.accumulate)  # rounded weights would show in the gradients of a bias, which use this output
-    return products.average(_stacked(weights, p), v).view(*weights.shape[:3], v.shape[2])
+    return products.average(stacked(weights, p), v).view(*weights.shape[:3], v.shape[2])
 
 
 def _delta(p: Problem, plan: Plan, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _delta(p: Problem, plan: Plan, out: Tensor, lse: Tensor, dout: Tensor) -> Te
     if out.dtype.itemsize > 2 or not p.weight.softmax or not ((p.terms and p.bias_grads) or p.sink is not None):
         return (dout.double() * out).sum(-1).to(p.accumulate)
     delta = torch.zeros_like(lse)
-    for strip in _strips(p, plan):
+    for strip in strips(p, plan):
         at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
         rows = dout[at], lse[at][..., None], torch.zeros_like(lse[at])[..., None]
         for chunk in _chunks(p, plan, strip):
@@ -180,7 +180,7 @@ def _score_grads(
 ) -> tuple[Tensor, Tensor]:
     """The weights that multiplied the values, and the gradient of the scores before the cap."""
     dout, lse, delta = rows
-    dw = products.scores(_stacked(dout, p), _flat(v)).view(chunk.s.shape)
+    dw = products.scores(stacked(dout, p), flat(v)).view(chunk.s.shape)
     if p.weight.softmax:
         weights = _exponentials(chunk, lse.masked_fill(lse == -math.inf, 0.0))
     else:
@@ -208,7 +208,7 @@ def _score_grads(
 # --- scores of one strip, chunk by chunk ------------------------------------------------------------------------
 
 
-def _strips(p: Problem, plan: Plan) -> Iterator[Strip]:
+def strips(p: Problem, plan: Plan) -> Iterator[Strip]:
     """All heads at once while their scores stay in cache, one key head after another when they do not."""
     for group in plan.groups(p.q.shape[0], p.q.shape[1], p.group):
         for row in plan.rows[group.row_set]:
@@ -230,12 +230,12 @@ def _by_kv_head(group: Group, per_kv: int) -> Iterator[slice]:
 
 
 def _chunks(p: Problem, plan: Plan, strip: Strip) -> Iterator[Chunk]:
-    q = _stacked(p.q[strip.b, strip.h, strip.row.q0 : strip.row.q1], p)
+    q = stacked(p.q[strip.b, strip.h, strip.row.q0 : strip.row.q1], p)
     shape = _rows_shape(strip)
     columns = plan.tile[1] if p.skip_threshold else max(plan.tile[1], _CHUNK // max(1, math.prod(shape)))
     skipper = _Skipper(p.skip_threshold) if p.skip_threshold else None
-    for segments in _cut(strip.row.segments, columns, plan.tile[1], aligned=p.skip_threshold > 0):
-        k = _flat(fetch(p.k[strip.b, strip.kv], segments))
+    for segments in cut(strip.row.segments, columns, plan.tile[1], aligned=p.skip_threshold > 0):
+        k = flat(fetch(p.k[strip.b, strip.kv], segments))
         s = products.scores(q, k).view(*shape, k.shape[1])
         slope, factor = None, p.scale
         if p.scale <= 0 or p.softcap or p.terms or skipper or not p.weight.softmax:
@@ -271,7 +271,7 @@ class _Skipper:
         return bool(needed.any())
 
 
-def _cut(segments: tuple[Segment, ...], columns: int, bn: int, aligned: bool) -> Iterator[tuple[Segment, ...]]:
+def cut(segments: tuple[Segment, ...], columns: int, bn: int, aligned: bool) -> Iterator[tuple[Segment, ...]]:
     """Groups segments into chunks of at most ``columns`` keys, cutting long ones at tile borders."""
     step = max(bn, columns // bn * bn)
     chunk: list[Segment] = []
@@ -314,19 +314,20 @@ def _rows_shape(strip: Strip) -> tuple[int, int, int]:
     return strip.b.stop - strip.b.start, strip.h.stop - strip.h.start, strip.row.q1 - strip.row.q0
 
 
-def _stacked(t: Tensor, p: Problem) -> Tensor:
+def stacked(t: Tensor, p: Problem) -> Tensor:
     """``(b, h, M, X)`` as ``(b * hkv, G * M, X)``: the query heads of a key head are rows of one product."""
     b, h, m, x = t.shape
     g = min(h, p.group)
     return t.reshape(b * (h // g), g * m, x)
 
 
-def _flat(t: Tensor) -> Tensor:
+def flat(t: Tensor) -> Tensor:
+    """Batch and heads as one dimension."""
     return t.reshape(t.shape[0] * t.shape[1], *t.shape[2:])
 
 
 def _over_rows(x: Tensor, y: Tensor, p: Problem) -> Tensor:
     """``sum_i x_ij y_i`` for every key, summed over the query heads of a key head: ``(b, hkv, C, X)``."""
     g = min(x.shape[1], p.group)
-    per_head = products.average(_flat(x).transpose(1, 2), _flat(y))
+    per_head = products.average(flat(x).transpose(1, 2), flat(y))
     return per_head.view(x.shape[0], x.shape[1] // g, g, *per_head.shape[1:]).sum(2)

@@ -92,7 +92,7 @@ def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_bf16_product(a: Tensor, b: Tensor) -> Tensor:
-    with _reduced_precision():
+    with reduced_precision():
         return _by_blas(a, b)
 
 
@@ -104,7 +104,7 @@ _METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @contextmanager
-def _reduced_precision() -> Iterator[bool]:
+def reduced_precision() -> Iterator[bool]:
     """Lets oneDNN multiply float32 operands in bfloat16: exact when they hold bfloat16 values.
 
     The flag is process-wide, so it is raised only while this is the only Python thread, and always lowered again;
@@ -135,7 +135,7 @@ def _alone() -> bool:
 # --- probes -----------------------------------------------------------------------------------------------------
 
 
-def _race(first: Callable[[], object], second: Callable[[], object], rounds: int = 5) -> float:
+def race(first: Callable[[], object], second: Callable[[], object], rounds: int = 5) -> float:
     """Median time of the first over that of the second, interleaved."""
     times: tuple[list[float], list[float]] = ([], [])
     for r in range(rounds + 1):
@@ -158,7 +158,7 @@ def _scores_method(dtype: torch.dtype) -> str:
         else:
             return "blas"
         try:
-            gain = _race(lambda: _by_blas(a, b), lambda: _METHODS[rival](a, b))
+            gain = race(lambda: _by_blas(a, b), lambda: _METHODS[rival](a, b))
         except (RuntimeError, AttributeError):
             return "blas"
     return rival if gain > 1.0 else "blas"
@@ -169,7 +169,7 @@ def _exp2_ratio() -> float:
     with torch.inference_mode():
         x = torch.linspace(-8.0, 0.0, 256 * 1024).view(256, 1024)
         y = torch.empty_like(x)
-        return _race(lambda: torch.exp(x, out=y), lambda: torch.exp2(x, out=y))
+        return race(lambda: torch.exp(x, out=y), lambda: torch.exp2(x, out=y))
 
 
 @functools.cache
@@ -188,4 +188,4 @@ def _fused_ratio(dtype: torch.dtype) -> float:
             total = s.sum(-1, keepdim=True)
             return average(s, k[0]).div_(total)
 
-        return _race(passes, lambda: flash.piece(q, k, k, None, 0.125))
+        return race(passes, lambda: flash.piece(q, k, k, None, 0.125))

@@ -32,7 +32,7 @@ def scores(p: Problem) -> Tensor:
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-normaliser by the definition, in the accumulation dtype up to the last cast."""
-    _warn_if_huge(p)
+    warn_if_huge(p)
     allowed = p.layout.dense().to(p.q.device)
     if p.skip_threshold:
         allowed = allowed & _kept_tiles(p, scores(p), allowed)
@@ -84,7 +84,8 @@ def recording() -> Iterator[None]:
     """Records gradients even inside an operator, below which torch has switched the recording off."""
     c = torch._C
     excluded = c._dispatch_tls_local_exclude_set()
-    for key in (c.DispatchKey.AutogradFunctionality, c.DispatchKey.AutogradOther):
+    # without the last, which sharded tensors switch off too, writing into a view would not be recorded
+    for key in (c.DispatchKey.AutogradFunctionality, c.DispatchKey.AutogradOther, c.DispatchKey.ADInplaceOrView):
         excluded = excluded.remove(key)
     with c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
         yield
@@ -135,7 +136,8 @@ def _replaced(term: Term, tensor: Tensor) -> Term:
     return replace(term, tensor=tensor)  # type: ignore[type-var]
 
 
-def _warn_if_huge(p: Problem) -> None:
+def warn_if_huge(p: Problem) -> None:
+    """Says once that a quadratic reference is about to hold very many pairs."""
     global _warned
     if not _warned and p.q.shape[0] * p.q.shape[1] * p.q.shape[2] * p.k.shape[2] > _WARN_PAIRS:
         _warned = True

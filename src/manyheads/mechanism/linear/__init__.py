@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from .branches import NATSConfig
 from .favor import Performer, favor_attention
 from .gated_delta import gated_delta
 from .kernelized import linear_attention
 from .lightning import decay_slopes, lightning_attention
 from .mlstm import mlstm
-from .natsl import NATSConfig, natsl
+from .natsl import natsl
 from .rat import rat
 from .taylor import Expansion, taylor_attention
 

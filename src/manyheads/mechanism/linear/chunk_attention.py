@@ -112,9 +112,9 @@ def _begun(slots: Tensor, old: Tensor) -> Tensor:
 
 def _own(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Part:
     """Causal attention inside every chunk, all side by side."""
-    folded = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    folded = (t.flatten(1, 2) for t in (q, k, v))
     found = attention(*folded, mask="causal", return_lse=True, backend=backend)
-    out, lse = (t.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2) for t in found)
+    out, lse = (t.unflatten(1, q.shape[1:3]) for t in found)
     return out, lse
 
 

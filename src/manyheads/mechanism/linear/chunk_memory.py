@@ -68,30 +68,28 @@ def read(
     Returns:
         (B, H, N, Dv) in the dtype of ``v``, and the state after the last token.
     """
-    wide, (batch, heads), (width, out_width) = state.now.dtype, q.shape[:2], state.now.shape[2:]
+    wide, (width, out_width) = state.now.dtype, state.now.shape[2:]
 
-    def folded(x: Tensor | None) -> Tensor | None:
-        return None if x is None else chunks.split(x.to(wide)).transpose(1, 2).flatten(0, 1)
+    def side_by_side(x: Tensor) -> Tensor:
+        return chunks.split(x.to(wide)).flatten(1, 2)  # chunks as heads
 
-    queries, keys, values, g, b = (folded(t) for t in (q, k, v, decay, beta))
-    assert queries is not None and keys is not None and values is not None
-    sides = queries.shape[0]
-    unit = torch.eye(width, dtype=wide, device=q.device).expand(sides, heads, -1, -1)
+    queries, keys, values = side_by_side(q), side_by_side(k), side_by_side(v)
+    unit = torch.eye(width, dtype=wide, device=q.device).expand(*queries.shape[:2], -1, -1)
     found = engine.scan(
         queries,
         keys,
         torch.cat([values, torch.zeros_like(keys)], -1),
-        decay=g,
-        beta=b,
-        state=State(torch.cat([unit.new_zeros(sides, heads, width, out_width), unit], -1)),
+        decay=None if decay is None else side_by_side(decay),
+        beta=None if beta is None else side_by_side(beta),
+        state=State(torch.cat([unit.new_zeros(*unit.shape[:3], out_width), unit], -1)),
         return_state=True,
         chunk=chunks.size,
         backend=backend,
     )
     assert isinstance(found, tuple)
-    outs, ends = (t.unflatten(0, (batch, chunks.count)).transpose(1, 2) for t in (found[0], found[1].S))
+    outs, ends = (t.unflatten(1, (-1, chunks.count)) for t in (found[0], found[1].S))
     (own, passed), (writes, maps) = (t.split([out_width, width], -1) for t in (outs, ends))
-    whole = outs.new_zeros(batch, heads, chunks.count) if g is None else chunks.split(_wide(decay, wide)).sum(-1)
+    whole = outs.new_zeros(outs.shape[:3]) if decay is None else chunks.split(decay.to(wide)).sum(-1)
     starts, state = _chain(maps, writes, whole, _gate(types, both), chunks, state, fade)
     return chunks.join(own + passed @ starts).to(v.dtype), state
 
@@ -99,21 +97,29 @@ def read(
 def _chain(
     maps: Tensor, writes: Tensor, decay: Tensor, write: Tensor, chunks: Chunks, state: MemoryState, fade: bool
 ) -> tuple[Tensor, MemoryState]:
-    """The memory before each chunk, (B, H, M, D, Dv), and the state after the last."""
-    base, now, faded, starts = state.start, state.now, state.decay, []
+    """The memory before each chunk, (B, H, M, D, Dv), and the state after the last.
+
+    A chunk whose writes stay with weight w turns S into ``(w A + (1 - w) f) S + w W``, f what it fades by.
+    """
+    factor = decay.exp() if fade else torch.ones_like(decay)
+    idle = torch.diag_embed(factor[..., None].expand(*factor.shape, maps.shape[-1]))
+    moves, gains = torch.lerp(idle, maps, write[..., None, None].to(maps.dtype)), write[..., None, None] * writes
     fresh = None if chunks.document is None else (chunks.rank == 0)[..., None, None, None]
+    now, starts, last = state.now, [], chunks.count - 1
     for c in range(chunks.count):
-        if fresh is not None:
-            base, now = (torch.where(fresh[:, c], 0.0, t) for t in (base, now))
+        now = now if fresh is None else torch.where(fresh[:, c], 0.0, now)
         starts.append(now)
-        faded = faded + decay[:, :, c]
-        after = maps[:, :, c] @ now + writes[:, :, c]
-        if c == chunks.count - 1 and (chunks.offset + chunks.tokens) % chunks.size:
-            return torch.stack(starts, 2), MemoryState(base, after, faded)
-        kept = faded.exp()[..., None, None] * base if fade else base
-        now = base = kept + write[:, :, c, None, None] * (after - kept)
-        faded = torch.zeros_like(faded)
-    return torch.stack(starts, 2), MemoryState(base, now, faded)
+        if c == last and (chunks.offset + chunks.tokens) % chunks.size:
+            after = maps[:, :, c] @ now + writes[:, :, c]
+            begun = (state.start, state.decay) if c == 0 else (now, torch.zeros_like(state.decay))
+            return torch.stack(starts, 2), MemoryState(begun[0], after, begun[1] + decay[:, :, c])
+        if c == 0 and chunks.offset:  # what is taken back began before this call
+            after = maps[:, :, c] @ now + writes[:, :, c]
+            kept = (state.decay + decay[:, :, c]).exp()[..., None, None] * state.start if fade else state.start
+            now = kept + write[:, :, c, None, None] * (after - kept)
+        else:
+            now = moves[:, :, c] @ now + gains[:, :, c]
+    return torch.stack(starts, 2), MemoryState(now, now, torch.zeros_like(state.decay))
 
 
 def step(
@@ -155,8 +161,3 @@ def _gate(types: Tensor, both: bool) -> Tensor:
     hard = types.detach() <= 0.5
     soft = types.detach() - types  # 0, with the gradient of one less the type
     return hard.to(types.dtype) + (soft if both else torch.where(hard, soft, 0.0))
-
-
-def _wide(t: Tensor | None, dtype: torch.dtype) -> Tensor:
-    assert t is not None
-    return t.to(dtype)

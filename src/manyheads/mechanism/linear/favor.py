@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from manyheads.common import checks
+from manyheads.common.directions import Norms, gaussian, orthogonal
 from manyheads.common.errors import unknown
-from manyheads.common.features import FeatureMap, Norms, Positive, Rectified, gaussian, orthogonal
+from manyheads.common.features import FeatureMap, Positive, Rectified
 from manyheads.engine.scan import State
 from manyheads.mask import Mask
 from manyheads.mechanism import exact

@@ -153,18 +153,21 @@ def unit_length(x: Float[Tensor, "*rows D"], eps: float = 1e-6) -> Float[Tensor,
 
 
 def gates(
-    a: Float[Tensor, "*rows H"], b: Float[Tensor, "*rows H"], log_rate: Float[Tensor, " H"], bias: Float[Tensor, " H"]
+    a: Float[Tensor, "B H *tokens"],
+    b: Float[Tensor, "B H *tokens"],
+    log_rate: Float[Tensor, " H"],
+    bias: Float[Tensor, " H"],
 ) -> tuple[Tensor, Tensor]:
     r"""The gates of Gated DeltaNet from projections: $g = -e^{A} \mathrm{softplus}(a + \delta)$, $\beta = \sigma(b)$.
 
     Args:
-        a: (..., H) projection for the decay.
-        b: (..., H) projection for the share that is overwritten.
+        a: (B, H, N) or (B, H) projection for the decay.
+        b: (B, H, N) or (B, H) projection for the share that is overwritten.
         log_rate: (H,) A.
         bias: (H,) delta.
 
     Returns:
-        Decay and beta (..., H) in float32 (float64 for float64).
+        Decay and beta of the same shape in float32 (float64 for float64).
 
     Example:
         >>> decay, beta = gates(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2), torch.zeros(2))
@@ -172,8 +175,8 @@ def gates(
         (tensor(-0.6931), tensor(0.5000))
     """
     wide = torch.promote_types(a.dtype, torch.float32)
-    decay = -log_rate.to(wide).exp() * F.softplus(a.to(wide) + bias.to(wide))
-    return decay, torch.sigmoid(b.to(wide))
+    rate, bias = (t.to(wide).view(-1, *(1,) * (a.dim() - 2)) for t in (log_rate, bias))
+    return -rate.exp() * F.softplus(a.to(wide) + bias), torch.sigmoid(b.to(wide))
 
 
 def reference(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from manyheads.common import checks
 from manyheads.common.features import FeatureMap, Pointwise, pair, wide
+from manyheads.common.scopes import refuse_inside
 from manyheads.engine import scan as engine
 from manyheads.engine.scan import State
 from manyheads.mask import Mask
@@ -18,8 +22,30 @@ from manyheads.mechanism.carrier import order, visible
 from manyheads.spec import Case, Spec, qkv
 
 Features = FeatureMap | tuple[FeatureMap, FeatureMap]
+Fn = TypeVar("Fn", bound=Callable[..., Any])
 
-_ROWS = 2048  # features made at once outside of recording: few enough to stay in a cache
+
+def precisely(fn: Fn) -> Fn:
+    """Turns autocast off inside a function whose first argument is a tensor: features need float32.
+
+    Args:
+        fn: The function.
+
+    Returns:
+        A function of the same arguments.
+    """
+
+    @functools.wraps(fn)
+    def run(q: Tensor, *args: Any, **options: Any) -> Any:
+        if not torch.is_autocast_enabled(q.device.type):
+            return fn(q, *args, **options)
+        with torch.autocast(q.device.type, enabled=False):
+            return fn(q, *args, **options)
+
+    return run  # type: ignore[return-value]
+
+
+_ROWS = 4096  # tokens times heads made at once outside of recording: few enough to stay in a cache
 _ELU = Pointwise("elu+1")
 
 
@@ -59,12 +85,14 @@ def linear_attention(
         gives 0.
 
     Raises:
-        ValueError: For shapes that do not fit, or a state of a call that is not causal.
+        ValueError: For shapes that do not fit, a state of a call that is not causal, or features of any sign whose
+            sum should divide.
         TypeError: For wrong dtypes, or what is no feature map.
         UnsupportedError: For causal queries and keys of different lengths, or a mask other than those above.
 
     Conventions:
-        Features and sums are float32 for inputs of half precision. A padded token's output is 0 when causal.
+        Features and sums are float32 for inputs of half precision, and under autocast. A padded token's output is 0
+        when causal.
 
     Source:
         Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236.
@@ -93,6 +121,7 @@ def linear_attention(
     )
 
 
+@precisely
 def step(
     q: Float[Tensor, "B H D"],
     k: Float[Tensor, "B Hkv D"],
@@ -125,7 +154,7 @@ def step(
     maps = scaled(features, scale)
     (read, read_log), (write, gate) = maps[0].scaled(q), maps[1].scaled(k)
     gate = _of_heads(gate, q.shape[1])
-    out, state = engine.step(read, write, wide(v), state, gate=gate, normalise=_kind(normalise))
+    out, state = engine.step(read, write, wide(v), state, gate=gate, normalise=_kind(normalise, maps))
     if read_log is not None and not normalise:
         out = out * read_log.exp()[..., None]
     return out.to(v.dtype), state
@@ -182,6 +211,7 @@ def scaled(features: Features, scale: float | None) -> tuple[FeatureMap, Feature
     return maps[0].times(math.copysign(root, scale)), maps[1].times(root)
 
 
+@precisely
 def attend(
     q: Tensor,
     k: Tensor,
@@ -199,8 +229,11 @@ def attend(
     """:func:`linear_attention` with its mask read and its scale in the maps.
 
     Raises:
-        ValueError: For a state of a call that is not causal.
+        ValueError: For a state of a call that is not causal, or features of any sign whose sum should divide.
+        UnsupportedError: Inside a parallel context.
     """
+    refuse_inside("linear_attention")
+    kind = _kind(normalise, maps)
     if key_padding is not None:
         checks.key_padding(key_padding, k)
         k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
@@ -216,7 +249,7 @@ def attend(
         write,
         wide(v),
         gate=_of_heads(gate, q.shape[1]),
-        normalise=_kind(normalise),
+        normalise=kind,
         state=state,
         lens=lens,
         key_padding=key_padding,
@@ -239,44 +272,74 @@ def _sums(
     real: Tensor | None,
 ) -> Tensor:
     """All keys for every query of a sequence or document, in the dtype of sums."""
-    values = wide(v)
-    if normalise:
-        values = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], -1)
-    if real is not None:
-        values = values.masked_fill(~real[:, None, :, None], 0.0)
     if lens is not None:
-        return _divided(_within(q, k, values, maps, lens, normalise, real), normalise)
+        return _within(q, k, wide(v), maps, lens, normalise, real)
     if not q.shape[2] * k.shape[2]:
-        return values.new_zeros(*q.shape[:3], v.shape[3])
-    heads, group = k.shape[1], q.shape[1] // k.shape[1]
+        return wide(v).new_zeros(*q.shape[:3], v.shape[3])
+    total, weight, peak = _written(k, v, maps[1], real)
+    if peak is not None and not normalise:
+        total = total * peak.exp()[..., None, None]
+    group = q.shape[1] // k.shape[1]
+    whole = total.sum(2, keepdim=True), weight.sum(2, keepdim=True)
+    parts = _parts(q, v)
+    out = total.new_empty(*q.shape[:3], v.shape[3]) if len(parts) > 1 else None
+    for part in parts:
+        read, floor, log = maps[0].floored(q[:, :, part])
+        lead = read.shape[:3]
+        if group > 1:  # query heads of a key head are rows of one product
+            read = read.unflatten(1, (-1, group)).flatten(2, 3)
+            floor = None if floor is None else floor.unflatten(1, (-1, group)).flatten(2, 3)
+        row = read @ total
+        if floor is not None:
+            row = row + floor[..., None] * whole[0]
+        if normalise:
+            divisor = (weight.mT @ read.mT).mT
+            if floor is not None:
+                divisor = divisor + floor[..., None] * whole[1]
+            row = over(row, divisor)
+        row = row.view(*lead, -1)
+        if log is not None and not normalise:
+            row = row * log.exp()[..., None]
+        if out is None:
+            return row
+        out[:, :, part] = row
+    assert out is not None
+    return out
+
+
+def _written(k: Tensor, v: Tensor, fmap: FeatureMap, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums over keys of features times values ``(B, Hkv, M, Dv)`` and of features ``(B, Hkv, M, 1)``.
+
+    Both are divided by the exponential of the third result ``(B, Hkv)``, unless that is None.
+    """
     total: Tensor | None = None
+    weight: Tensor | None = None
     peak: Tensor | None = None
     for part in _parts(k, v):
-        write, log = maps[1].scaled(k[:, :, part])
-        seen = values[:, :, part]
+        write, floor, log = fmap.floored(k[:, :, part])
+        values = wide(v[:, :, part])
+        share = values.new_ones(*values.shape[:-1], 1)
+        if real is not None:
+            share = share.masked_fill(~real[:, None, part, None], 0.0)
         if log is not None:
             if real is not None:
                 log = log.masked_fill(~real[:, None, part], -torch.inf)
             new = log.amax(-1) if peak is None else torch.maximum(log.amax(-1), peak)
             shift = new.masked_fill(new == -torch.inf, 0.0)
-            seen = seen * (log - shift[..., None]).exp()[..., None]
-            if total is not None and peak is not None:
-                total = total * (peak - shift).exp()[..., None, None]
+            share = (log - shift[..., None]).exp()[..., None]
+            if total is not None and weight is not None and peak is not None:
+                less = (peak - shift).exp()[..., None, None]
+                total, weight = total * less, weight * less
             peak = new
-        now = write.mT @ seen
-        total = now if total is None else total + now
-    assert total is not None
-    if peak is not None and not normalise:
-        total = total * peak.exp()[..., None, None]
-    out = []
-    for part in _parts(q, v):
-        read, log = maps[0].scaled(q[:, :, part])
-        rows = read.unflatten(1, (heads, group)).flatten(2, 3) if group > 1 else read
-        row = (rows @ total).view(*read.shape[:3], -1)
-        if log is not None and not normalise:
-            row = row * log.exp()[..., None]
-        out.append(_divided(row, normalise))
-    return out[0] if len(out) == 1 else torch.cat(out, 2)
+        if log is not None or real is not None:
+            values = values * share
+        now, seen = write.mT @ values, (share.mT @ write).mT  # a row: the same sum in a fraction of the time
+        if floor is not None:
+            now = now + (floor[..., None] * values).sum(2, keepdim=True)
+            seen = seen + (floor[..., None] * share).sum(2, keepdim=True)
+        total, weight = (now, seen) if total is None or weight is None else (total + now, weight + seen)
+    assert total is not None and weight is not None
+    return total, weight, peak
 
 
 def _within(
@@ -290,6 +353,10 @@ def _within(
 ) -> Tensor:
     """The same inside packed documents: what comes before a token, what comes after it, and itself but once."""
     (read, read_log), (write, log) = maps[0].scaled(q), maps[1].scaled(k)
+    if normalise:
+        values = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], -1)
+    if real is not None:
+        values = values.masked_fill(~real[:, None, :, None], 0.0)
     if log is not None:
         if real is not None:
             log = log.masked_fill(~real[:, None], -torch.inf)
@@ -304,7 +371,8 @@ def _within(
     assert isinstance(before, Tensor) and isinstance(after, Tensor)
     group = q.shape[1] // k.shape[1]
     write, values = (t.repeat_interleave(group, 1) if group > 1 else t for t in (write, values))
-    return before + after - (read * write).sum(-1, keepdim=True) * values
+    total = before + after - (read * write).sum(-1, keepdim=True) * values
+    return over(total[..., :-1], total[..., -1:]) if normalise else total
 
 
 def _peaks(log: Tensor, lens: Tensor) -> Tensor:
@@ -317,13 +385,12 @@ def _peaks(log: Tensor, lens: Tensor) -> Tensor:
     return peaks.masked_fill(peaks == -torch.inf, 0.0).gather(2, own)
 
 
-def _divided(total: Tensor, normalise: bool) -> Tensor:
-    """Sums by their last column, 0 where that is 0."""
-    if not normalise:
-        return total
-    weight = total[..., -1:]
+def over(total: Tensor, weight: Tensor) -> Tensor:
+    """A quotient that is 0 where the divisor is."""
     nothing = weight == 0
-    return (total[..., :-1] / weight.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+    if not (total.requires_grad or weight.requires_grad or torch.compiler.is_compiling()):
+        return (total / weight).masked_fill_(nothing, 0.0)
+    return (total / weight.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
 
 def _parts(t: Tensor, other: Tensor) -> list[slice]:
@@ -341,7 +408,11 @@ def _of_heads(gate: Tensor | None, heads: int) -> Tensor | None:
     return gate if gate is None or gate.shape[1] == heads else gate.repeat_interleave(heads // gate.shape[1], 1)
 
 
-def _kind(normalise: bool) -> bool | str:
+def _kind(normalise: bool, maps: tuple[FeatureMap, FeatureMap]) -> bool | str:
+    """What the engine calls the denominator."""
+    if normalise and not all(m.positive for m in maps):
+        names = " and ".join(type(m).__name__ for m in maps)
+        raise ValueError(f"normalise: the sum of weights divides only for positive features, got {names}")
     return "sum" if normalise else False
 
 

@@ -104,9 +104,12 @@ def rat(
     before = _state(state, q, chunk)
     if not q.shape[2]:
         return (v, before) if return_state else v
-    chunks = cut(q.shape[2], chunk, lens, offset=before.tokens % chunk, device=q.device)
-    sums = _averages(k, v, forget, chunks, before)
-    number = before.tokens // chunk
+    number, begun = divmod(before.tokens, chunk)
+    if lens is None and begun + q.shape[2] <= chunk:  # all in one chunk, of which only these tokens are computed
+        chunks = cut(q.shape[2], q.shape[2], None, device=q.device)
+    else:
+        chunks = cut(q.shape[2], chunk, lens, offset=begun, device=q.device)
+    sums = _averages(k, v, forget, chunks, before, begun > 0)
     place = chunks.rank + (number if chunks.document is None else number * (chunks.document == 0))
     queries = _rotated(chunks.split(q), rope, place)
     keys, values = _rotated(sums[0], rope, place).to(q.dtype), sums[1].to(v.dtype)
@@ -117,9 +120,9 @@ def rat(
     found = attention(
         grouped, *ends, mask=seen, positions=positions, scale=factor, return_lse=True, backend=backend
     )
-    across = [t.unflatten(1, (q.shape[1], chunk)).transpose(2, 3) for t in found]
+    across = [t.unflatten(1, (q.shape[1], chunks.size)).transpose(2, 3) for t in found]
     out = chunks.join(merge((across[0], across[1]), (values, _own(queries, keys, factor))).out)
-    return (out, _after(before, sums, (keys, values), chunks, lens)) if return_state else out
+    return (out, _after(before, sums, (keys, values), chunks, lens, chunk)) if return_state else out
 
 
 def step(
@@ -226,14 +229,16 @@ def flops(case: Case) -> int:
     return batch * heads * width * (8 * tokens + 4 * pairs)
 
 
-def _averages(k: Tensor, v: Tensor, forget: Tensor, chunks: Chunks, before: RATState) -> list[Tensor]:
+def _averages(
+    k: Tensor, v: Tensor, forget: Tensor, chunks: Chunks, before: RATState, continued: bool
+) -> list[Tensor]:
     """Both recurrences in chunks, (B, H, M, C, D); empty slots repeat what stands before them."""
     wide = before.k.dtype
     keep = chunks.split(forget.to(wide), fill=1.0)
     found = []
     for x, past in ((k, before.k), (v, before.v)):
         rest = past.new_zeros(*past.shape[:2], chunks.count - 1, past.shape[2])
-        first = past if chunks.offset else torch.zeros_like(past)
+        first = past if continued else torch.zeros_like(past)
         found.append(elementwise(keep, (1 - keep) * chunks.split(x.to(wide)), torch.cat([first[:, :, None], rest], 2)))
     return found
 
@@ -254,7 +259,12 @@ def _own(queries: Tensor, keys: Tensor, factor: float) -> Tensor:
 
 
 def _after(
-    before: RATState, sums: list[Tensor], ends: tuple[Tensor, Tensor], chunks: Chunks, lens: Tensor | None
+    before: RATState,
+    sums: list[Tensor],
+    ends: tuple[Tensor, Tensor],
+    chunks: Chunks,
+    lens: Tensor | None,
+    size: int,
 ) -> RATState:
     """The state behind the last token of the last document."""
     first, stop, tokens = 0, chunks.count, before.tokens + chunks.tokens
@@ -266,14 +276,14 @@ def _after(
         lengths = rows[0].tolist()
         last = max(i for i, n in enumerate(lengths) if n)
         lengths[0] += chunks.offset
-        first = sum(-(-n // chunks.size) for n in lengths[:last])
-        stop = first + -(-lengths[last] // chunks.size)
+        first = sum(-(-n // size) for n in lengths[:last])
+        stop = first + -(-lengths[last] // size)
         tokens = lengths[last]
         if last:
             older = (before.keys[:, :, :0], before.values[:, :, :0])
         else:
             tokens += before.tokens - chunks.offset
-    whole = first + tokens // chunks.size - older[0].shape[2]
+    whole = first + tokens // size - older[0].shape[2]
     keys, values = (torch.cat([o, t[:, :, first:whole, -1]], 2) for o, t in zip(older, ends, strict=True))
     return RATState(sums[0][:, :, stop - 1, -1], sums[1][:, :, stop - 1, -1], keys, values, tokens)
 

@@ -14,6 +14,7 @@ from manyheads.attention import attention
 from manyheads.common import checks
 from manyheads.common.errors import UnsupportedError, unknown
 from manyheads.common.features import FeatureMap, Taylor, wide
+from manyheads.common.scopes import refuse_inside
 from manyheads.engine import scan as engine
 from manyheads.engine.scan import State
 from manyheads.mask import Mask
@@ -155,6 +156,7 @@ def taylor_attention(
         >>> torch.allclose(many, attention(q, k, v, mask="causal"), atol=1e-5)
         True
     """
+    refuse_inside("taylor_attention")
     checks.attention_inputs(q, k, v)
     causal, lens = order(SPEC, mask, q, default="full")
     SPEC.check(q, k, v, causal=causal)
@@ -186,7 +188,7 @@ def taylor_attention(
     if config.denominator == "length":
         rows, cols = (t.new_ones(t.shape[0], 1, t.shape[2], 1, dtype=torch.float32) for t in (q, k))
         seen, count = sums(rows, cols, cols, linear.scaled(Taylor((1,)), None), before.tokens)
-        total = _over(total, seen)
+        total = linear.over(total, seen)
     out = _gated(_divided(total, config), gate).to(v.dtype)
     return (out, TaylorState(memory, count)) if stateful else out
 
@@ -234,7 +236,7 @@ def step(
     if config.denominator == "length":
         one = q.new_ones(q.shape[0], 1, 1, dtype=torch.float32)
         seen, count = engine.step(one, one, one, None if state is None else state.tokens)
-        total = _over(total, seen)
+        total = linear.over(total, seen)
     return _gated(_divided(total, config), gate).to(v.dtype), TaylorState(memory, count)
 
 
@@ -283,13 +285,13 @@ def reference(
     out = weight @ wide(v)
     if config.denominator in ("sum", "softmax"):
         weight = scores.exp().masked_fill(~seen, 0.0) if config.denominator == "softmax" else weight
-        out = _over(out, weight.sum(-1, keepdim=True))
+        out = linear.over(out, weight.sum(-1, keepdim=True))
     elif config.denominator == "length":
-        out = _over(out, seen.sum(-1, keepdim=True).to(out.dtype))
+        out = linear.over(out, seen.sum(-1, keepdim=True).to(out.dtype))
     elif config.denominator != "none":
         out = out - out.mean(-1, keepdim=True) if config.denominator == "layer" else out
         square = out.square().sum(-1, keepdim=True) / (1 if config.denominator == "l2" else out.shape[-1])
-        out = _over(out, square.masked_fill(square == 0, 1.0).sqrt())
+        out = linear.over(out, square.masked_fill(square == 0, 1.0).sqrt())
     return (out if gate is None else out * gate[..., None].to(out.dtype)).to(v.dtype)
 
 
@@ -333,10 +335,11 @@ def _exponential(
         found = attention(q, k, v, mask=mask, scale=scale, key_padding=key_padding, return_lse=True)
         out = wide(found.out) * found.lse.exp()[..., None]
         if config.denominator == "length":
-            out = _over(out, _seen(q, k, mask, key_padding).sum(-1, keepdim=True).to(out.dtype))
+            out = linear.over(out, _seen(q, k, mask, key_padding).sum(-1, keepdim=True).to(out.dtype))
     return _hidden(out, causal, key_padding)
 
 
+@linear.precisely
 def _pairs(
     q: Tensor,
     k: Tensor,
@@ -360,11 +363,11 @@ def _pairs(
     weight = weight.masked_fill(~seen, 0.0)
     out = weight @ v
     if config.denominator == "softmax":
-        out = _over(out, total)
+        out = linear.over(out, total)
     elif config.denominator == "sum":
-        out = _over(out, weight.sum(-1, keepdim=True))
+        out = linear.over(out, weight.sum(-1, keepdim=True))
     elif config.denominator == "length":
-        out = _over(out, seen.sum(-1, keepdim=True).to(out.dtype))
+        out = linear.over(out, seen.sum(-1, keepdim=True).to(out.dtype))
     else:
         out = _divided(out, config)
     return _hidden(out, causal, key_padding)
@@ -397,19 +400,13 @@ def _values(v: Tensor, config: Expansion) -> Tensor:
 def _divided(total: Tensor, config: Expansion) -> Tensor:
     """Sums over what they hold themselves: their last column, or a norm of them."""
     if config.denominator == "sum":
-        return _over(total[..., :-1], total[..., -1:])
+        return linear.over(total[..., :-1], total[..., -1:])
     if config.denominator == "layer":
         total = total - total.mean(-1, keepdim=True)
     if config.denominator in ("l2", "rms", "layer"):
         length = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
-        return _over(total, length if config.denominator == "l2" else length * total.shape[-1] ** -0.5)
+        return linear.over(total, length if config.denominator == "l2" else length * total.shape[-1] ** -0.5)
     return total
-
-
-def _over(total: Tensor, divisor: Tensor) -> Tensor:
-    """A quotient that is 0 where the divisor is."""
-    nothing = divisor == 0
-    return (total / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
 
 def _gated(out: Tensor, gate: Tensor | None) -> Tensor:

@@ -442,7 +442,7 @@ SPEC = Spec(
     flops=flops,
     bytes=traffic,
     evidence={
-        1: "test_least_squares::test_recursive_and_closed_form_agree",
+        1: "regression/test_least_squares::test_recursive_and_closed_form_agree",
         2: "test_framework::test_orthonormal_keys_make_least_squares_linear_attention",
         3: "test_framework::test_orthonormal_keys_make_the_delta_rule_recall_exactly",
         4: "test_polynomial::test_degree_zero_is_softmax_attention",

@@ -71,9 +71,9 @@ def least_squares(
 
     Conventions:
         The solves run in float64 whatever the dtype: keys that repeat make them ill-conditioned. One Cholesky
-        factorisation of D x D and one of chunk x chunk serve a whole chunk, forward and backward keep O(N / chunk)
-        states. A strong decay forgets the ridge too: when the keys that it leaves do not span the channels, the call
-        is refused.
+        factorisation of D x D and one of chunk x chunk serve a whole chunk; time and memory are linear in tokens, and
+        the backward keeps O(N / chunk) states. A strong decay forgets the ridge too: when the keys that it leaves do
+        not span the channels, the call is refused.
 
     Source:
         Wang et al., Test-time regression, arXiv 2501.12352, section 4; recursive least squares, Gauss.
@@ -253,9 +253,9 @@ def _chunked(
     info = torch.cholesky_inverse(_factor(start.P))
     total = info @ start.M
     infos, totals = [info], [total]
-    for i in range(k.shape[2]):
-        infos.append(keep[:, :, i] * infos[-1] + grams[:, :, i])
-        totals.append(keep[:, :, i] * totals[-1] + crosses[:, :, i])
+    for gram, cross, kept in zip(grams.unbind(2), crosses.unbind(2), keep.unbind(2), strict=True):
+        infos.append(kept * infos[-1] + gram)
+        totals.append(kept * totals[-1] + cross)
     roots = _factor(torch.stack(infos, 2))
     fits = torch.cholesky_solve(torch.stack(totals, 2), roots)
     end = LeastSquaresState(torch.cholesky_inverse(roots[:, :, -1]), fits[:, :, -1])

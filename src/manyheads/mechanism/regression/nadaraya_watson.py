@@ -126,8 +126,8 @@ def nadaraya_watson(
     Conventions:
         Distances are expanded into products; features that lie far from zero are centred first, which keeps their
         digits (not those of float16 and bfloat16, whose rounding is coarser). Boxcar and triangular kernels are
-        computed in float64, for the jump of the one and the tip of the other, and are not for the Triton backend. The
-        edge of the boxcar lies inside.
+        computed in float64, for the jump of the one and the tip of the other; the other four also run on the Triton
+        backend. The edge of the boxcar lies inside.
 
     Source:
         Nadaraya, On estimating regression, 1964; Watson, Smooth regression analysis, 1964.
@@ -320,7 +320,7 @@ def _soft(
     """Exponential kernels as a softmax: of the Gaussian, what depends on the query alone cancels."""
     scale = 1.0 if isinstance(precision, Tensor) else precision
     bias = own = None
-    if kernel.name == "gaussian":
+    if kernel.name == "gaussian" and q.shape[2] and k.shape[2]:
         bias = PerKey(-0.5 * _length(_by_query_head(k, q), precision))
         own = 0.5 * _length(q, precision) if return_lse else None
     if isinstance(precision, Tensor):
@@ -426,7 +426,7 @@ SPEC = Spec(
     reference=reference,
     paper="Nadaraya, On estimating regression, 1964; Watson, Smooth regression analysis, 1964",
     inputs=qkv(mask=lambda size: "causal" if size.causal else None),
-    backends=("reference", "blocked", "triton"),
+    backends=("reference", "blocked"),  # the kernels too, for some of its kernels: see Conventions
     supports={
         "noncausal_self",
         "causal_self",

@@ -31,9 +31,9 @@ def carry(
     y += far * syb + side * syh
     whole = start + wide * (D * (DV + NORM))
     s = load_matrix(whole, d0, v0, D, DV, BD, BV, DV + NORM)
-    n = tl.zeros([BD], tl.float32)
+    keys = tl.zeros([BD], tl.float32)
     if NORM:
-        n += tl.load(whole + d * (DV + NORM) + DV, mask=d < D, other=0.0)
+        keys += tl.load(whole + d * (DV + NORM) + DV, mask=d < D, other=0.0)
     m = 0.0
     if GATE:
         if REVERSE:
@@ -50,13 +50,13 @@ def carry(
             tile = tiles - 1 - step
             border = ((tile + 1) % per == 0) | (step == 0)
         if border:
-            place = (tile // per).to(tl.int64) * rows + row
+            place = tl.cast(tile // per, tl.int64) * rows + row
             inside = (d < D)[:, None] & (c < DV)[None, :]
-            block = states + place * (D * DV) + d[:, None] * DV + c[None, :]
+            block = states + place * (D * DV) + d.to(tl.int64)[:, None] * DV + c[None, :]
             tl.store(block, s.to(states.dtype.element_ty), mask=inside)
             if NORM:
-                tl.store(norms + place * D + d, n, mask=d < owned)
-        at = vector + tile.to(tl.int64) * TILE
+                tl.store(norms + place * D + d, keys, mask=d < owned)
+        at = vector + tile * TILE
         live = tile * TILE + r < tokens
         w = tl.where(live, 1.0, 0.0)
         keep = 1.0
@@ -83,7 +83,7 @@ def carry(
                     w = tl.where(live, tl.exp(tl.load(prefix + at + r % TILE)), 0.0)
                 else:
                     w = tl.where(live, tl.exp(tl.load(reach + at + r % TILE)), 0.0)
-        token = wide * tokens + tile.to(tl.int64) * TILE + r
+        token = wide * tokens + tile * TILE + r
         if FACTOR:
             w *= tl.load(factor + token, mask=live, other=0.0)
         if REVERSE:
@@ -95,12 +95,12 @@ def carry(
         if NORM:
             if REVERSE:
                 weighed *= tl.load(extra + token, mask=live, other=0.0)[:, None]
-            n = n * keep + tl.sum(weighed, 0)
+            keys = keys * keep + tl.sum(weighed, 0)
     whole = end + wide * (D * (DV + NORM))
     inside = (d < D)[:, None] & (c < DV)[None, :]
     tl.store(whole + d[:, None] * (DV + NORM) + c[None, :], s, mask=inside)
     if NORM:
-        tl.store(whole + d * (DV + NORM) + DV, n, mask=d < owned)
+        tl.store(whole + d * (DV + NORM) + DV, keys, mask=d < owned)
     if GATE:
         if leads and not REVERSE:
             tl.store(maxima + wide * (tiles + 1) + tiles, m)
