@@ -179,8 +179,7 @@ def test_a_model_that_diverges_is_a_failed_row(tiny, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_trained_says_why(monkeypatch, tmp_path):
-    (case, *_) = quality.models_of("states", "linear", Options(level="quick", device="cuda"))
-    monkeypatch.setattr(crew, "cores", lambda: 1)
+    (case, *_) = quality.models_of("recall", "linear", QUICK)
     (row,) = run(tmp_path / "a.jsonl", [case], Options(level="quick", device="cuda")).rows
     assert (row.status, row.reason) == ("refused", "models are trained on a CPU only")
 

@@ -10,8 +10,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from manyheads.bench.environment import version
 from manyheads.bench.measure import area, brief, compare
 from manyheads.bench.row import Row
@@ -123,8 +121,12 @@ def balance(world: int, per_rank: int = PER_RANK, mixes: int = 30, seed: int = 0
                 found = deal(shard, mask, world * per_rank, world).imbalance(mask)
                 worst[shard] = max(worst.get(shard, 1.0), found)
         base = Row("parallel", name, "-", phase="plan", length=world * per_rank, ranks=world, seed=seed)
-        base = base.replace(mask="causal & document($0)", note=f"the worst of {mixes} mixes of documents")
-        return [base.replace(provider=f"manyheads-{s}", deal=s, imbalance=value) for s, value in worst.items()]
+        base = base.replace(mask="causal & document($0)")
+        of = f"the worst of {mixes} mixes of documents"
+        return [
+            base.replace(provider=f"manyheads-{s}", deal=s, imbalance=value, note=f"max/mean {value:.3f}, {of}")
+            for s, value in worst.items()
+        ]
 
     return Case("parallel", name, run, 8.0, tuple(f"manyheads-{shard}" for shard in DEALS))
 
@@ -153,10 +155,10 @@ def volume(kind: str, world: int, per_rank: int = PER_RANK, seed: int = 0) -> Ca
         masks = _mixes(n, 9, seed) if kind == "documents" else [Causal() & Window(int(kind.split("-")[1]))]
         found = [_planned(mask, world, n) for mask in masks]
         least = min(found, key=lambda sums: sums["ring"] / max(1, sums["groupcast"]))
-        shard = dict.fromkeys(SCHEMES, "nearby")
         base = Row("parallel", name, "-", phase="plan", length=n, ranks=world, mask=masks[0].text, seed=seed)
         return [
-            base.replace(provider=f"manyheads-{s}", deal=shard[s], sent_mib=total / 2**20) for s, total in least.items()
+            base.replace(provider=f"manyheads-{s}", deal="nearby", sent_mib=total / 2**20, note=f"{total >> 20} MiB")
+            for s, total in least.items()
         ]
 
     return Case("parallel", name, run, 4.0, tuple(f"manyheads-{scheme}" for scheme in SCHEMES))
@@ -229,13 +231,12 @@ def _row(base: Row, pair: tuple[str, str], found: Found, job: Job) -> Row:
     row = row.replace(**{**Timing(found.ms).fields(), "first_ms": None}, **found.verdict)
     row = row.replace(gflops=None if not row.flops or not row.median_ms else row.flops / row.median_ms / 1e6)
     if found.areas:
-        sent = np.asarray(found.sent)
-        row = row.replace(
-            imbalance=max(found.areas) / statistics.fmean(found.areas), sent_mib=float(sent.sum(1).max()) / 2**20
-        )
+        uneven, sent = max(found.areas) / statistics.fmean(found.areas), max(map(sum, found.sent)) / 2**20
+        row = row.replace(imbalance=uneven, sent_mib=sent, note=f"max/mean {uneven:.3f}, {sent:.1f} MiB sent")
     if found.delay_ms and pair[0] == "ring":
         row = row.replace(overlap=hidden(found.alone_ms, found.delay_ms, found.slow_ms))
-        row = row.replace(note=f"{found.delay_ms:.1f} ms of delay: {found.alone_ms:.1f} -> {found.slow_ms:.1f} ms")
+        late = f"{found.delay_ms:.1f} ms of delay: {found.alone_ms:.1f} -> {found.slow_ms:.1f} ms"
+        row = row.replace(note=f"{row.note}; {late}")
     return row if provider != "yunchang" else row.replace(note="its exchange around torch's attention")
 
 

@@ -152,18 +152,22 @@ def _ours(job: Job, pair: tuple[str, str], known: oracle.Truth | None) -> Found:
     facts: list[Any] = [None] * job.world
     dist.all_gather_object(facts, (areas[0], (sent["forward"], sent["backward"])))
     verdict = _judged(whole, known)
-    times = timed(call, job.seconds)
-    found = Found(None, False, times, verdict, tuple(a for a, _ in facts), tuple(s for _, s in facts))
+    times: list[Any] = [timed(call, job.seconds)]
+    dist.broadcast_object_list(times)  # the clock of one rank, so that all agree on what follows
+    found = Found(None, False, times[0], verdict, tuple(a for a, _ in facts), tuple(s for _, s in facts))
     return _with_delay(job, call, found) if job.delay else found
 
 
 def _with_delay(job: Job, call: Callable[[], object], found: Found) -> Found:
-    """Times again with every message late by what a step computes, so that compute and messages take equally long."""
-    found.alone_ms = statistics.median(found.ms)
-    steps = job.world
-    found.delay_ms = found.alone_ms * (job.world - 1) / steps
-    with parallel.slow_links(latency=found.alone_ms / steps * 1e-3):
-        found.slow_ms = statistics.median(timed(call, job.seconds))
+    """Times again, in turns with every message late by what a step computes: compute and messages take equally long."""
+    step = statistics.median(found.ms) / job.world
+    found.delay_ms = step * (job.world - 1)
+    alone, slow = [], []
+    for _ in found.ms:
+        alone.append(_round(call))
+        with parallel.slow_links(latency=step * 1e-3):
+            slow.append(_round(call))
+    found.alone_ms, found.slow_ms = statistics.median(alone), statistics.median(slow)
     return found
 
 

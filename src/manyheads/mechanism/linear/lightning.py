@@ -216,7 +216,7 @@ SPEC = Spec(
     paper="Qin et al., Lightning Attention-2, arXiv 2401.04658",
     inputs=qkv(mask=lambda size: "causal" if size.causal else "full", slopes=_slopes),
     gates={"slopes": "H"},
-    backends=("reference", "blocked"),
+    backends=("reference", "blocked", "triton"),
     supports={"causal_self", "gqa", "value_width", "key_padding", "backward", "decode"},
     invariances=("packed", "padding", "batch", "heads", "split"),
     axes={"carrier": "earlier tokens", "kernel": "dot product, fading", "estimator": "sum", "execution": "scan"},

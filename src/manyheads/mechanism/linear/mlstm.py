@@ -349,7 +349,7 @@ SPEC = Spec(
         forget_gate=drawn("BHN", lambda t: t + 3, salt=2),
     ),
     gates={"input_gate": "BHN", "forget_gate": "BHN"},
-    backends=("reference", "blocked"),
+    backends=("reference", "blocked", "triton"),
     supports={"causal_self", "gqa", "value_width", "backward", "decode"},
     invariances=("packed", "batch", "heads", "split"),
     axes={"carrier": "causal", "kernel": "inner product", "estimator": "gated sum", "execution": "scan"},
