@@ -119,10 +119,10 @@ def step(spec: Spec, case: Case, t: int, state: Any) -> Any:
 
 def results(fn: Any, spec: Spec, case: Case, *, lse: bool = True) -> dict[str, Tensor]:
     """Output, lse and all gradients of one function on one call, as far as the mechanism declares them."""
-    leaves = {name: getattr(case, name).detach().clone() for name in "qkv"}
+    leaves = {name: getattr(case, name).detach() for name in "qkv"}
     grads = spec.declares("backward")
     floating = {name: gate for name, gate in gates_of(spec, case).items() if gate.is_floating_point()}
-    leaves |= {name: gate.detach().clone() for name, gate in floating.items()}
+    leaves |= {name: gate.detach() for name, gate in floating.items()}
     for leaf in leaves.values():
         leaf.requires_grad_(grads)
     lse = lse and spec.declares("lse")

@@ -68,7 +68,11 @@ def test_lengths_that_fill_no_tile(spec, backend, queries, size):
 def test_groups_of_heads_and_odd_widths(spec, backend, group, width, size):
     if group > 1 and not spec.declares("gqa"):
         pytest.skip("declares no grouped heads")
-    changed = dataclasses.replace(size, heads=2 * group, kv_heads=2, width=width, deviation=4.0)
+    interpreted = backend == "triton" and size.device == "cpu"  # slow: one entry of the batch, one group
+    kv, batch = (1, 1) if interpreted and group > 3 else (2, size.batch)
+    changed = dataclasses.replace(
+        size, batch=batch, heads=kv * group, kv_heads=kv, width=width, deviation=4.0
+    )
     assert_conforms(spec, backend, spec.inputs(changed))
 
 

@@ -1,4 +1,16 @@
-"""The masks of the long-context attention benchmark: as compositions, and as slices that agree with them."""
+"""The masks of the long-context attention benchmark: as compositions, and as slices that agree with them.
+
+The half of that benchmark that spreads a sequence over devices is :mod:`manyheads.parallel`.
+
+Source:
+    Long-Context Attention Benchmark, arXiv 2510.17896.
+
+Example:
+    >>> from manyheads.mask.longca import longca
+    >>> drawn = longca("causal_document", 4096, seed=7)
+    >>> drawn.mask.tiles(4096, 4096).pairs < 4096 * 4097 // 2
+    True
+"""
 
 from __future__ import annotations
 

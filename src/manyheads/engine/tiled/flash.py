@@ -27,12 +27,17 @@ def available(dtype: torch.dtype) -> bool:
 
 def piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """One dense piece: ``(out, lse)`` of queries against keys under an additive mask."""
-    return _forward(q, k, v, 0.0, False, attn_mask=mask, scale=scale)  # type: ignore[misc]
+    return _forward(*_dense(q, k, v), 0.0, False, attn_mask=mask, scale=scale)  # type: ignore[misc]
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """A dense or square causal call with its log-normaliser; no gradient flows through the second."""
-    return _forward(q, k, v, 0.0, causal, scale=scale)  # type: ignore[misc]
+    return _forward(*_dense(q, k, v), 0.0, causal, scale=scale)  # type: ignore[misc]
+
+
+def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors whose last dimension is contiguous: the fused kernel reads every row as if it were."""
+    return tuple([t if t.stride(-1) == 1 else t.contiguous() for t in tensors])
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -42,6 +47,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     dv = p.v.shape[3]
     q, k, v = (p.q, p.k, p.v) if d == dv else _equal_widths(p.q, p.k, p.v)
     q, scale = folded(q, p.scale)
+    q, k, v = _dense(q, k, v)
     if plan.single:  # a small call: no copies
         out, lse = _piece(plan, pieces_of(plan, 0)[0], q, k, v, scale)
         return _with_sink(p, (out if d <= dv else out[..., :dv]).to(p.result(p.v.dtype)), lse)
@@ -93,6 +99,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     q, scale = folded(q, p.scale)
     if q.shape[3] > out.shape[3]:
         out, dout = (pad(t, (0, q.shape[3] - t.shape[3])) for t in (out, dout))
+    q, k, v, out, dout = _dense(q, k, v, out, dout)
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     dq = torch.zeros_like(q, dtype=p.result(q.dtype))
     dk, dv_ = (torch.zeros_like(t, dtype=p.accumulate) for t in (k, v))
