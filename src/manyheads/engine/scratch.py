@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+_KEPT = 32 * 2**20  # bytes that a thread keeps from one call to the next
+_threads = threading.local()
 
 
 class Scratch:
@@ -22,7 +28,7 @@ class Scratch:
 
     def __init__(self) -> None:
         """Holds nothing yet."""
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._held: dict[tuple[str, torch.dtype, torch.device, bool], Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory.
@@ -36,8 +42,37 @@ class Scratch:
         Returns:
             A contiguous tensor.
         """
-        key, size = (name, dtype or like.dtype), math.prod(shape)
+        key, size = (name, dtype or like.dtype, like.device, torch.is_inference_mode_enabled()), math.prod(shape)
         held = self._held.get(key)
         if held is None or held.numel() < size:
             held = self._held[key] = like.new_empty(size, dtype=key[1])
         return held[:size].view(shape)
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes that are held; infinity with some on a device where another stream could still be reading them."""
+        held = self._held.values()
+        return sum(t.nbytes for t in held) if all(t.device.type == "cpu" for t in held) else math.inf
+
+
+@contextlib.contextmanager
+def borrowed() -> Iterator[Scratch]:
+    """Scratch memory for one call, which the next call of this thread finds again unless it is large.
+
+    A call inside a call gets memory of its own.
+
+    Example:
+        >>> with borrowed() as scratch:
+        ...     first = scratch("scores", (2, 3), torch.zeros(1)).data_ptr()
+        >>> with borrowed() as scratch:
+        ...     scratch("scores", (2, 3), torch.zeros(1)).data_ptr() == first
+        True
+    """
+    found: Scratch | None = getattr(_threads, "scratch", None)
+    _threads.scratch = None
+    scratch = Scratch() if found is None else found
+    try:
+        yield scratch
+    finally:
+        if scratch.nbytes <= _KEPT:
+            _threads.scratch = scratch

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..scratch import Scratch
+from ..scratch import Scratch, borrowed
 from . import autodiff
 from .pieces import Carry, Mix, rows_of
 from .problem import Problem, divide, with_ones
 from .weights import Weights, exact, factored
 
-_ROWS = 2048  # tokens times heads of a segment: enough work for each operator, little enough for the caches
+_ROWS = 4096  # tokens times heads of a segment: enough work for each operator, little enough for the caches
 
 
 def checkpoints(batch: int, heads: int, tokens: int, chunk: int) -> int:
@@ -37,23 +37,23 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tens
     states = p.state.new_zeros(count, *p.state.shape)
     maxima = p.state.new_zeros(count if p.m is not None else 0, b, h)
     state, m = p.state.clone(), None if p.m is None else p.m.clone()
-    scratch = Scratch()
-    for span in _spans(p):
-        for rows in _groups(p, span.longest, 1):
-            whole = _part(p, rows, slice(span.segments[0].start, span.segments[-1].stop), span.chunk, state, m)
-            weights = factored(whole, span.longest // span.chunk) if span.whole else None
-            for i, at in enumerate(span.segments):
-                if save:
-                    states[(span.first + i, *rows)] = state[rows]
-                    if m is not None:
-                        maxima[(span.first + i, *rows)] = m[rows]
-                part = _part(p, rows, at, span.chunk, state, m)
-                target = out[(*rows, at)]
-                found, state[rows], end = segment(part, None if weights is None else weights[i], target, scratch)
-                if found is not target:
-                    target.copy_(found)
-                if m is not None and end is not None:
-                    m[rows] = end
+    with borrowed() as scratch:
+        for span in _spans(p):
+            for rows in _groups(p, span.longest, 1):
+                whole = _part(p, rows, slice(span.segments[0].start, span.segments[-1].stop), span.chunk, state, m)
+                weights = factored(whole, span.longest // span.chunk) if span.whole else None
+                for i, at in enumerate(span.segments):
+                    if save:
+                        states[(span.first + i, *rows)] = state[rows]
+                        if m is not None:
+                            maxima[(span.first + i, *rows)] = m[rows]
+                    part = _part(p, rows, at, span.chunk, state, m)
+                    target = out[(*rows, at)]
+                    found, state[rows], end = segment(part, None if weights is None else weights[i], target, scratch)
+                    if found is not target:
+                        target.copy_(found)
+                    if m is not None and end is not None:
+                        m[rows] = end
     return out, state, m, states, maxima
 
 

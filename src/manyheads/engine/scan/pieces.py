@@ -74,7 +74,7 @@ def logs_between(g: Tensor) -> Tensor:
 
 
 def without_tiny(weights: Tensor) -> Tensor:
-    """Weights with 0 where products with them could be subnormal numbers, which take a hundred times as long."""
+    """Weights with 0 where products with them could be subnormal numbers, which take many times as long."""
     return F.threshold(weights, 1e8 * torch.finfo(weights.dtype).tiny, 0.0)
 
 

@@ -65,14 +65,16 @@ def step(
     acc, group = accumulate(q.dtype), q.shape[1] // k.shape[1]
     total, m = check.packed_state(state, q, v, kind, gate is not None)
     check.values(decay, beta)
-    q, keys, values = q.to(acc), k.to(acc), v.to(acc)
+    keys, values = k, v
+    if q.dtype != acc:
+        q, keys, values = q.to(acc), k.to(acc), v.to(acc)
     if scale is not None:
         q = q * scale
     if kind:
         values = with_ones(values)
     if group > 1:
         keys, values = (t.repeat_interleave(group, 1) for t in (keys, values))
-    decay, beta, gate = (None if t is None else t.to(acc) for t in (decay, beta, gate))
+    decay, beta, gate = (t if t is None or t.dtype == acc else t.to(acc) for t in (decay, beta, gate))
     out, total, m = advance(total, m, q, keys, values, decay, beta, gate, kind)
     return out.to(v.dtype), unpacked(total, m, kind)
 
@@ -111,6 +113,6 @@ def advance(
         m = new
     if beta is not None:
         v = beta[..., None] * (v - (k[..., None, :] @ state)[..., 0, :])
-    state = state + k[..., :, None] * v[..., None, :]
-    total = (q[..., None, :] @ state)[..., 0, :]
+    state = torch.addcmul(state, k.unsqueeze(-1), v.unsqueeze(-2))
+    total = torch.matmul(q.unsqueeze(-2), state).squeeze(-2)
     return divide(total, normalise, None if m is None else finite(m)), state, m
