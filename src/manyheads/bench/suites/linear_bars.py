@@ -53,7 +53,7 @@ def made(options: Options) -> list[Bar]:
         for shape in (Shape(4096, heads=8, dtype=dtype, seed=options.seed), Shape(n, heads=4, dtype=dtype, seed=1)):
             found.append(_parallax(shape))
     found += [_memory(name, lengths) for name, lengths in (("scan", MEMORY_LENGTHS), ("parallax", (4096, 8192, 16_384)),
-                                                           ("lla", (1024, 2048, 4096)))]  # fmt: skip
+                                                           ("lla", (4096, 8192, 16_384)))]  # fmt: skip
     return [*found, _step(options)]
 
 

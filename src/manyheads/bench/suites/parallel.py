@@ -6,6 +6,7 @@ they say nothing about a network. Balance and bytes do not depend on the machine
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from manyheads.bench.suites import ranks
 from manyheads.bench.suites.ranks import PEERS, Found, Job
 from manyheads.bench.timing import Timing
 from manyheads.bench.workload import Problem
+from manyheads.common.errors import UnsupportedError
 from manyheads.mask import Causal, Document, Mask, Window
 from manyheads.mask.longca import LONG, STATIC, longca
 from manyheads.mask.sampling import document_lengths
@@ -158,17 +160,28 @@ def volume(kind: str, world: int, per_rank: int = PER_RANK, seed: int = 0) -> Ca
         least = min(found, key=lambda sums: sums["ring"] / max(1, sums["groupcast"]))
         base = Row("parallel", name, "-", phase="plan", length=n, ranks=world, mask=masks[0].text, seed=seed)
         return [
-            base.replace(provider=f"manyheads-{s}", deal="nearby", sent_mib=total / 2**20, note=f"{total >> 20} MiB")
-            for s, total in least.items()
+            base.replace(provider=f"manyheads-{s}", deal="nearby", **_sent(least.get(s), s, world)) for s in SCHEMES
         ]
 
     return Case("parallel", name, run, 4.0, tuple(f"manyheads-{scheme}" for scheme in SCHEMES))
 
 
 def _planned(mask: Mask, world: int, n: int) -> dict[str, int]:
+    """Bytes of each scheme that can divide the heads among so many ranks."""
     dealt = deal("nearby", mask, n, world)
-    plans = {scheme: plan(mask, dealt, scheme, CALL) for scheme in SCHEMES}
-    return {s: int(p.forward_bytes.sum() + p.backward_bytes.sum()) for s, p in plans.items()}
+    found = {}
+    for scheme in SCHEMES:
+        with contextlib.suppress(UnsupportedError):
+            planned = plan(mask, dealt, scheme, CALL)
+            found[scheme] = int(planned.forward_bytes.sum() + planned.backward_bytes.sum())
+    return found
+
+
+def _sent(total: int | None, scheme: str, world: int) -> dict[str, object]:
+    """The fields of a row that say what a scheme sends."""
+    if total is None:
+        return {"status": "refused", "reason": f"{scheme} cannot divide the heads among {world} ranks"}
+    return {"sent_mib": total / 2**20, "note": f"{total >> 20} MiB"}
 
 
 def _mixes(n: int, count: int, seed: int) -> list[Mask]:

@@ -45,7 +45,7 @@ def precisely(fn: Fn) -> Fn:
     return run  # type: ignore[return-value]
 
 
-_ROWS = 4096  # tokens times heads made at once outside of recording: few enough to stay in a cache
+_ROWS = 16_384  # features made at once outside of recording: large products, and memory that does not grow with N
 _ELU = Pointwise("elu+1")
 
 
