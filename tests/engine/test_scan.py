@@ -169,20 +169,41 @@ def test_any_length_and_chunk_agree(n, d, chunk, kind, seed):
 @pytest.mark.parametrize("strength", [0.05, 1.0, 20.0])
 @pytest.mark.parametrize("kind", ["plain", "head", "token", "token abs", "channel", "channel sum", "gated delta"])
 def test_mild_and_steep_decays_take_another_form_and_agree(kind, strength, generator, monkeypatch):
-    from manyheads.engine.scan import blocked, weights
-
     qkv, options, rest = draw(generator, kind, n=150)
     if "decay" in options:
         options["decay"] = options["decay"] * strength
-    taken = []
-    monkeypatch.setattr(blocked, "_ROWS", 40)
-    monkeypatch.setattr(blocked, "factored", lambda *a: taken.append(weights.factored(*a)) or taken[-1])
+    taken = forms_taken(monkeypatch)
     want, state = by_pairs(qkv, options, rest)
     got, last = by_chunks(8)(qkv, options, rest)
     close(got, want)
     assert_same_state(last, state)
-    factored = [t is not None for t in taken]
-    assert all(factored) if kind == "plain" or strength < 0.1 else strength < 2 or not any(factored)
+    assert all(taken) if kind == "plain" or strength < 0.1 else strength < 2 or not any(taken)
+
+
+def forms_taken(monkeypatch):
+    """Segments of one head; a list that fills with whether each head's decays were factored."""
+    from manyheads.engine.scan import blocked
+
+    taken, choose = [], blocked._chosen
+    monkeypatch.setattr(blocked, "_ROWS", 40)
+
+    def recorded(found, rows):
+        weights = choose(found, rows)
+        if found is not None:  # the tokens behind the last whole chunk are always exact
+            taken.append(weights is not None)
+        return weights
+
+    monkeypatch.setattr(blocked, "_chosen", recorded)
+    return taken
+
+
+def test_a_steep_head_takes_its_own_form(generator, monkeypatch):
+    qkv, options, rest = draw(generator, "token", n=128)
+    options["decay"] = options["decay"] * torch.tensor([0.05, 20.0, 0.05, 20.0])[None, :, None]
+    taken = forms_taken(monkeypatch)
+    want, _ = by_pairs(qkv, options, rest)
+    close(by_chunks(8)(qkv, options, rest)[0], want)
+    assert taken == [True, False] * (len(taken) // 2) and taken
 
 
 @pytest.mark.parametrize("kind", ["head", "gated delta", "mlstm", "channel"])

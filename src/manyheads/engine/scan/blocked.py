@@ -21,6 +21,7 @@ from .pieces import Carry, Mix, rows_of
 from .problem import Problem, divide, with_ones
 from .weights import Weights, exact, factored
 
+_ALL = (slice(None), slice(None))
 _ROWS = 4096  # tokens times heads of a segment: enough work for each operator, little enough for the caches
 
 
@@ -39,9 +40,12 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tens
     state, m = p.state.clone(), None if p.m is None else p.m.clone()
     with borrowed() as scratch:
         for span in _spans(p):
+            # of all heads at once, but for a decay per channel, whose factors are as large as the queries
+            by_channel = p.decay is not None and p.decay.dim() == 4
+            shared = None if by_channel else _factored(p, span, (slice(0, b), slice(0, h)))
             for rows in _groups(p, span.longest, 1):
-                whole = _part(p, rows, slice(span.segments[0].start, span.segments[-1].stop), span.chunk, state, m)
-                weights = factored(whole, span.longest // span.chunk) if span.whole else None
+                found = _factored(p, span, rows) if shared is None else shared
+                weights = _chosen(found, _ALL if shared is None else rows)
                 for i, at in enumerate(span.segments):
                     if save:
                         states[(span.first + i, *rows)] = state[rows]
@@ -49,12 +53,30 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tens
                             maxima[(span.first + i, *rows)] = m[rows]
                     part = _part(p, rows, at, span.chunk, state, m)
                     target = out[(*rows, at)]
-                    found, state[rows], end = segment(part, None if weights is None else weights[i], target, scratch)
-                    if found is not target:
-                        target.copy_(found)
+                    w = None if weights is None else weights[i]
+                    result, state[rows], end = segment(part, w, target, scratch)
+                    if result is not target:
+                        target.copy_(result)
                     if m is not None and end is not None:
                         m[rows] = end
     return out, state, m, states, maxima
+
+
+def _factored(p: Problem, span: _Span, rows: tuple[slice, slice]) -> tuple[list[Weights], list[list[bool]]] | None:
+    """Factored weights of some rows over the whole chunks of a span."""
+    if not span.whole:
+        return None
+    at = slice(span.segments[0].start, span.segments[-1].stop)
+    return factored(_part(p, rows, at, span.chunk, p.state, p.m), span.longest // span.chunk)
+
+
+def _chosen(
+    found: tuple[list[Weights], list[list[bool]]] | None, rows: tuple[slice, slice]
+) -> list[Weights] | None:
+    """The factored weights of some of these rows, if all of them have small exponents."""
+    if found is None or not all(all(heads[rows[1]]) for heads in found[1][rows[0]]):
+        return None
+    return [w.of(rows) for w in found[0]]
 
 
 def backward(

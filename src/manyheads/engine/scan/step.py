@@ -54,14 +54,9 @@ def step(
         if t.dim() != 3:
             raise ValueError(f"{name}: expected 3 dimensions (B, H, D) of one token, got shape {tuple(t.shape)}")
     kind = check.normaliser(normalise)
-    if decay is not None and decay.dim() == 2:
-        decay_n: Tensor | None = decay[:, :, None]
-    elif decay is not None and decay.dim() == 3:
-        decay_n = decay[:, :, None, :]
-    else:
-        decay_n = decay
-    beta_n, gate_n = (None if t is None else t[..., None] for t in (beta, gate))
-    check.inputs(q[:, :, None], k[:, :, None], v[:, :, None], decay_n, beta_n, gate_n, kind, scale)
+    decay_n = decay.unsqueeze(2) if decay is not None and decay.dim() in (2, 3) else decay
+    beta_n, gate_n = (None if t is None else t.unsqueeze(2) for t in (beta, gate))
+    check.inputs(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), decay_n, beta_n, gate_n, kind, scale)
     acc, group = accumulate(q.dtype), q.shape[1] // k.shape[1]
     total, m = check.packed_state(state, q, v, kind, gate is not None)
     check.values(decay, beta)
@@ -104,7 +99,8 @@ def advance(
     if gate is None:
         if decay is not None:
             keep = log.exp()
-            state = (keep[..., None] if keep.dim() == 3 else keep[..., None, None]) * state
+            keep = keep.unsqueeze(-1)
+            state = (keep if keep.dim() == 4 else keep.unsqueeze(-1)) * state
     else:
         assert m is not None
         new = torch.maximum(log + m, gate).detach()

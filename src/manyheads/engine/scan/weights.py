@@ -53,34 +53,38 @@ class Weights:
     end: Tensor | None = None
     factored: bool = False
 
+    def of(self, rows: tuple[slice, slice]) -> Weights:
+        """Those of some batch entries and heads."""
+        parts = {name: getattr(self, name) for name in ("read", "write", "keep", "carry", "enter", "first")}
+        some = {name: t[rows] if t is not None and t.dim() > 2 else t for name, t in parts.items()}
+        return Weights(**some, factored=self.factored)
 
-def factored(p: Problem, segment: int) -> list[Weights] | None:
+
+def factored(p: Problem, segment: int) -> tuple[list[Weights], list[list[bool]]] | None:
     """The factored form of whole chunks.
 
     Args:
-        p: Some rows of a problem, all tokens in whole chunks.
+        p: A problem whose tokens are whole chunks.
         segment: Chunks of a segment; the last one may have fewer.
 
     Returns:
-        Weights of each segment; None where some exponent is too large, with an input gate, and where looking at the
-        exponents would wait for a device.
+        Weights of each segment, and for each batch entry and head whether all exponents are small enough. None with an
+        input gate, and where looking at the exponents would wait for a device.
     """
     if p.gate is not None or p.q.device.type != "cpu":
         return None
-    n, decay = p.q.shape[2] // p.chunk, by_token(p)
-    starts = range(0, n, segment)
+    (b, h, tokens, _), decay = p.q.shape, by_token(p)
+    n, starts = tokens // p.chunk, range(0, tokens // p.chunk, segment)
     if decay is None:
         carry = p.state.new_ones(segment, segment).tril_()
-        return [Weights(carry=carry[: n - at, : n - at], factored=True) for at in starts]
+        return [Weights(carry=carry[: n - at, : n - at], factored=True) for at in starts], [[True] * h] * b
     if decay.dim() == 1:
-        decay = decay[None, :, None].expand(1, -1, p.q.shape[2])
-    g = decay.reshape(*decay.shape[:2], n, p.chunk, -1)
+        decay = decay[None, :, None].expand(1, -1, tokens)
+    g = decay.expand(b, h, *decay.shape[2:]).reshape(b, h, n, p.chunk, -1)
     total = g.cumsum(3)
     middle, last = total[:, :, :, (p.chunk - 1) // 2].clone(), total[:, :, :, -1].clone()
     total -= middle[:, :, :, None]
-    low, high = torch.aminmax(total)
-    if not (float(low) >= -_RANGE and float(high) <= _RANGE):  # NaN too, from a decay of -inf
-        return None
+    small = (total.abs().amax((2, 3, 4)) <= _RANGE).tolist()  # not with NaN, from a decay of -inf
     rest, following = last - middle, F.pad(middle[:, :, 1:], (0, 0, 0, 1))
     following[:, :, segment - 1 :: segment] = 0.0  # a state leaves its segment as it is
     read, write, keep, enter = total.exp(), total.neg_().exp_(), (following + rest).exp_(), middle.exp()
@@ -101,7 +105,7 @@ def factored(p: Problem, segment: int) -> list[Weights] | None:
                 enter=enter[:, :, at], first=first, factored=True,
             )  # fmt: skip
         )
-    return found
+    return found, small
 
 
 def exact(p: Problem, q: Tensor, k: Tensor) -> Weights:
