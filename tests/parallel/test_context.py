@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import time
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ import manyheads.parallel as parallel
 from manyheads.common.rope import RoPE
 from manyheads.engine.tiled import products
 from manyheads.nn import Attention
-from manyheads.parallel.steps import Call
 from manyheads.testing import assert_within_budget
 from tests.parallel import processes
 
@@ -373,53 +370,6 @@ def _what_cannot_be_done_is_refused_with_its_reason(ranks):
     ):  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=message):
             parallel.context(**{"mesh": ranks.group} | options)
-
-
-@case
-def _compute_hides_a_slow_link(ranks):
-    """Steps and links of known length: what both take together is nearly what the slower one takes."""
-    tensors = qkv(13, torch.float32)
-    cp = parallel.context(ranks.group, shard="contiguous", tokens=N)
-    parts = [cp.shard(t, 2).requires_grad_() for t in tensors]
-    with cp:
-        mh.attention(*parts).sum().backward()  # layouts are built, gloo's pairs are connected
-
-    def seconds(compute, delay):
-        torch.distributed.barrier()
-        started = time.perf_counter()
-        with cp, parallel.slow_links(latency=delay), lasting(compute):
-            out = mh.attention(*parts)
-            middle = time.perf_counter()
-            out.sum().backward()
-        return middle - started, time.perf_counter() - middle
-
-    pairs = ((0.12, 0.0), (0.0, 0.12), (0.12, 0.12))
-    times = [seconds(*pair) for pair in pairs]
-    for passes in (slice(0, 1), slice(0, 2)):
-        compute, link, both = (sum(t[passes]) for t in times)
-        assert min(compute, link) > 0.1
-        hidden = (compute + link - both) / min(compute, link)
-        # nothing is left to compute while the last gradients come home: of two ranks' three messages that is one
-        assert hidden >= (0.7 if passes.stop == 1 or ranks.world > 2 else 0.6), times
-
-
-@contextlib.contextmanager
-def lasting(compute):
-    """Steps of the engine that take some time longer."""
-    names = ("forward", "backward")
-    before = [getattr(Call, name) for name in names]
-    for name, method in zip(names, before, strict=True):
-
-        def longer(*args, method=method):
-            time.sleep(compute)
-            return method(*args)
-
-        setattr(Call, name, longer)
-    try:
-        yield
-    finally:
-        for name, method in zip(names, before, strict=True):
-            setattr(Call, name, method)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def schemes(name: str, per_rank: int, world: int, options: Options) -> Case:
         problem = replace(_problem(mask, world * per_rank, options), phase="forward+backward")
         return Job(problem, world, tuple(pairs), seconds=seconds)
 
-    return _case(f"{name}-{world}x{per_rank}", job, [_provider(pair) for pair in pairs], 12.0)
+    return _case(f"{name}-{world}x{per_rank}", job, [_provider(pair) for pair in pairs], 10.0)
 
 
 def forward(order: str, per_rank: int, world: int, options: Options) -> Case:
@@ -98,7 +98,7 @@ def forward(order: str, per_rank: int, world: int, options: Options) -> Case:
         problem = _problem(longca(order, world * per_rank).mask, world * per_rank, options)
         return Job(problem, world, pairs, peers, seconds, delay=True)
 
-    return _case(f"forward-{order}-{world}x{per_rank}", job, [*(_provider(pair) for pair in pairs), *peers], 12.0)
+    return _case(f"forward-{order}-{world}x{per_rank}", job, [*(_provider(pair) for pair in pairs), *peers], 6.5)
 
 
 def balance(world: int, per_rank: int = PER_RANK, mixes: int = 30, seed: int = 0) -> Case:
@@ -131,7 +131,7 @@ def balance(world: int, per_rank: int = PER_RANK, mixes: int = 30, seed: int = 0
             for s, value in worst.items()
         ]
 
-    return Case("parallel", name, run, 8.0, tuple(f"manyheads-{shard}" for shard in DEALS))
+    return Case("parallel", name, run, 1.0 + world / 14, tuple(f"manyheads-{shard}" for shard in DEALS))
 
 
 VOLUMES = ("documents", "window-1025", "window-4097")
@@ -163,7 +163,7 @@ def volume(kind: str, world: int, per_rank: int = PER_RANK, seed: int = 0) -> Ca
             base.replace(provider=f"manyheads-{s}", deal="nearby", **_sent(least.get(s), s, world)) for s in SCHEMES
         ]
 
-    return Case("parallel", name, run, 4.0, tuple(f"manyheads-{scheme}" for scheme in SCHEMES))
+    return Case("parallel", name, run, 0.5, tuple(f"manyheads-{scheme}" for scheme in SCHEMES))
 
 
 def _planned(mask: Mask, world: int, n: int) -> dict[str, int]:

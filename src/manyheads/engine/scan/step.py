@@ -109,6 +109,6 @@ def advance(
         m = new
     if beta is not None:
         v = beta[..., None] * (v - (k[..., None, :] @ state)[..., 0, :])
-    state = torch.addcmul(state, k.unsqueeze(-1), v.unsqueeze(-2))
+    state = state + k.unsqueeze(-1) * v.unsqueeze(-2)
     total = torch.matmul(q.unsqueeze(-2), state).squeeze(-2)
     return divide(total, normalise, None if m is None else finite(m)), state, m
