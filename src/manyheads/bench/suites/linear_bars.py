@@ -122,7 +122,7 @@ def _over_performer(order: str, shape: Shape) -> Bar:
 
 def _parallax(shape: Shape) -> Bar:
     name = f"parallax-{shape.tokens}x{shape.heads}-{shape.dtype}"
-    base = _promise(name, f"Parallax over the faster dense attention, causal, {shape.dtype}, time", shape)
+    base = _promise(name, f"time of Parallax over the faster dense attention, N = {shape.tokens}, {shape.dtype}", shape)
 
     def judge(measured: list[list[Row]]) -> list[Row]:
         (rows,) = measured or [[]]
