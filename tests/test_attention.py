@@ -199,6 +199,19 @@ def test_one_query_token_reads_a_group_at_once(generator):
     torch.testing.assert_close(mh.attention(q, k, v), mh.attention(q, k, v, backend="reference"))
 
 
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+@pytest.mark.parametrize("mask", [None, "causal & window(9)"])
+def test_gradients_that_arrive_as_views_are_read_as_such(mask, backend, generator):
+    if mask and backend == "sdpa":
+        pytest.skip("takes no window")
+    q, k, v = (torch.randn(2, 2, 40, 16, generator=generator, requires_grad=True) for _ in range(3))
+    wide = torch.randn(2, 2, 40, 32, generator=generator)
+    out = mh.attention(q, k, v, mask=mask, backend=backend)
+    for view in (wide[..., ::2], wide[..., :1].expand(2, 2, 40, 16), wide[..., :16].mT.contiguous().mT):
+        got, want = (torch.autograd.grad(out, (q, k, v), g, retain_graph=True) for g in (view, view.contiguous()))
+        torch.testing.assert_close(got, want)
+
+
 def test_a_bias_over_no_queries_or_no_keys_is_no_matter():
     some, none = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 0, 8)
     bias = mh.ALiBi(torch.ones(2))

@@ -72,7 +72,7 @@ def _faster(base: Row, target: float, over: str, *, lossy: bool = False) -> Call
             return [bars.at_least(base.replace(note=reason), None, target)]
         theirs = bars.one(rows, over)
         assert theirs is not None
-        note = f"their error is {theirs.error:.2g} of random features" if lossy and theirs.error else None
+        note = f"another floor: theirs differ by up to {theirs.error:.2g}" if lossy and theirs.error else None
         return [bars.at_least(bars.cautioned(base.replace(note=note), bars.one(rows, OURS), theirs), ratio, target)]
 
     return judge

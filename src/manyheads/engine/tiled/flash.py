@@ -36,7 +36,7 @@ def whole(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[
 
 
 def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors whose last dimension is contiguous: the fused kernel reads every row as if it were."""
+    """Tensors whose last dimension is contiguous: the fused kernel reads values as if it were."""
     return tuple([t if t.stride(-1) == 1 else t.contiguous() for t in tensors])
 
 
