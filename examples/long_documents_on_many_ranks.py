@@ -49,11 +49,11 @@ def packed(step: int) -> tuple[torch.Tensor, list[int]]:
 
 def main(file: str = "", steps: str = "6") -> None:
     """Trains until ``steps``, and says how the loss of the whole sequence falls."""
-    alone = {"init_method": f"file://{tempfile.mktemp()}", "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo", **({} if "RANK" in os.environ else alone))
     torch.manual_seed(0)
     model, begin = Decoder(), 0
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)  # before the group: what it imports would keep that alive
+    alone = {"init_method": f"file://{tempfile.mktemp()}", "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **({} if "RANK" in os.environ else alone))
     if file and Path(file).exists():
         begin, weights, moments = torch.load(file)
         model.load_state_dict(weights)
