@@ -207,8 +207,19 @@ def test_shared_ids_spread_over_heads_when_a_mask_differs():
     both = shared & mask
     assert torch.equal(both.dense(), shared.dense() & mask.dense(12))
     assert both.pairs == 2 * int(both.dense().sum())
-    with pytest.raises(ValueError, match="heads: expected 3 as in ids, got 4"):
+    with pytest.raises(ValueError, match="heads: expected 3 as in ids, or a multiple, got 4"):
         TileLayout.from_ids(ids.expand(1, 3, -1, -1), nq=12, nk=12, tile=4, heads=4)
+
+
+def test_ids_of_key_heads_serve_their_query_heads():
+    ids = torch.rand(2, 2, 3, 3).argsort(-1)[..., :2]
+    shared = TileLayout.from_ids(ids, nq=12, nk=12, tile=4, heads=6, mask=Causal())
+    each = TileLayout.from_ids(ids.repeat_interleave(3, 1), nq=12, nk=12, tile=4, mask=Causal())
+    assert torch.equal(shared.dense(), each.dense()) and shared.sets == 4 and shared.ids.shape[1] == 2
+    assert (shared.pairs, shared.visited, shared.heads) == (each.pairs, each.visited, 6)
+    assert torch.equal(shared.transpose().dense(), shared.dense().mT)
+    per_head = PerHead([Causal(), Window(2), Window(5), Causal(), Window(3), Window(4)])
+    assert torch.equal((shared & per_head).dense(), each.dense() & per_head.dense(12))
 
 
 def test_many_bitmaps_on_both_sides_are_combined_only_where_they_meet():

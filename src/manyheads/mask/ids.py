@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -72,19 +74,23 @@ def restrict(layout: TileLayout, other: TileLayout) -> TileLayout:
     Shapes stay static. Where ids have no bitmaps yet nothing waits for the device once ``other`` is there.
     """
     assert layout.ids is not None
-    shape = torch.broadcast_shapes(layout.ids.shape[:2], other.index.shape)
-    ids = layout.ids.expand(*shape, -1, -1)
+    ids, masks, group = layout.ids, layout.ids_mask, layout.index.shape[1] // max(1, layout.ids.shape[1])
+    if group > 1 and other.index.shape[1] > 1:  # the mask differs between the heads that share ids
+        ids = ids.repeat_interleave(group, 1)
+        masks, group = None if masks is None else masks.repeat_interleave(group, 1), 1
+    shape = torch.broadcast_shapes(ids.shape[:2], other.index.shape)
+    ids = ids.expand(*shape, -1, -1)
     found = _visited(ids, other)
-    if layout.ids_mask is None:
+    if masks is None:
         id, bits = found, other.to(ids.device).bits
     else:
-        pair = (layout.ids_mask.expand_as(ids) * (len(other.bits) + 1) + found).long()
+        pair = (masks.expand_as(ids) * (len(other.bits) + 1) + found).long()
         id, bits = _pair_ids(pair, found >= 0, layout, other.bits.numpy())
     ids = torch.where(id < 0, -1, ids)
     ids, counts, id = settle(ids, id.clamp(min=0))
     return replace(
         layout,
-        index=torch.arange(shape.numel(), dtype=torch.int32, device=layout.index.device).reshape(shape),
+        index=index_of(shape, group).to(layout.index.device),
         ids=ids,
         ids_count=counts,
         ids_mask=id,
@@ -92,8 +98,14 @@ def restrict(layout: TileLayout, other: TileLayout) -> TileLayout:
         q_pos=other.q_pos,
         k_pos=other.k_pos,
         batch=max(layout.batch, shape[0]),
-        heads=max(layout.heads, shape[1]),
+        heads=max(layout.heads, shape[1] * group),
     )
+
+
+def index_of(shape: Sequence[int], group: int) -> torch.Tensor:
+    """The index of one id list for each batch entry and key head: every list serves ``group`` query heads."""
+    lists = torch.arange(math.prod(shape), dtype=torch.int32).reshape(tuple(shape))
+    return lists if group == 1 else lists.repeat_interleave(group, 1)
 
 
 def _pair_ids(

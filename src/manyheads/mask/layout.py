@@ -96,7 +96,7 @@ class TileLayout:
     @property
     def sets(self) -> int:
         """Number of distinct row sets."""
-        return self.rows.shape[0] if self.ids is None else self.index.numel()
+        return self.rows.shape[0] if self.ids is None else self.ids.shape[:2].numel()
 
     @cached_property
     def _counts(self) -> tuple[int, int]:
@@ -305,7 +305,8 @@ class TileLayout:
         """Makes a layout from chosen key tiles, wherever they are, without waiting for the device.
 
         Args:
-            ids: Integers ``(B|1, H|1, Tq, kmax)``: key tiles per query tile in any order, negative for none.
+            ids: Integers ``(B|1, H|G|1, Tq, kmax)``: key tiles per query tile in any order, negative for none. With
+                ids for ``G`` key heads, each serves ``heads / G`` neighbouring query heads.
             counts: Integers like ``ids`` without ``kmax``: how many ids of a row count; all that are >= 0 by default.
             nq: Queries.
             nk: Keys.
@@ -313,7 +314,7 @@ class TileLayout:
             mask: What else must hold, exactly.
             positions: ``(q_pos, k_pos)`` as for the mask.
             batch: Batch entries of the call, for counts, when the ids are shared by them.
-            heads: Query heads of the call, likewise.
+            heads: Query heads of the call, likewise; needed when ids are those of key heads.
 
         Raises:
             ValueError: A wrong shape; on the CPU also an id out of range or twice in a row (elsewhere these
@@ -327,15 +328,16 @@ class TileLayout:
         size = check_tile((tile, tile) if isinstance(tile, int) else tile)
         ids, ids_count = padded.check(ids, counts, (-(-nq // size[0]), -(-nk // size[1])))
         own = ids.shape[:2]
-        for name, n, n_own in (("batch", batch, own[0]), ("heads", heads, own[1])):
-            if n is not None and n_own not in (1, n):
-                raise ValueError(f"{name}: expected {n_own} as in ids, got {n}")
+        if batch is not None and own[0] not in (1, batch):
+            raise ValueError(f"batch: expected {own[0]} as in ids, got {batch}")
+        if heads is not None and (not own[1] or heads % own[1]):
+            raise ValueError(f"heads: expected {own[1]} as in ids, or a multiple, got {heads}")
         q_pos, k_pos = positions if positions is not None else (None, None)
         layout = cls(
             nq=nq,
             nk=nk,
             tile=size,
-            index=torch.arange(own.numel(), dtype=torch.int32).reshape(own),
+            index=padded.index_of(own, 1 if own[1] == 1 or heads is None else heads // own[1]),
             bits=torch.zeros((0, size[0], -(-size[1] // 8)), dtype=torch.uint8),
             q_pos=q_pos,
             k_pos=k_pos,
