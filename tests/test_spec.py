@@ -38,6 +38,7 @@ def make(**changes):
         ({"gates": {"decay": "BHT"}}, "unknown axis letter of gate 'decay' 'T'"),
         ({"supports": {"decode"}}, "step: 'decode' is declared"),
         ({"step": print}, "step: it is given, but 'decode' is not declared"),
+        ({"invariances": ("own_selected",)}, "selection: none is given, but own_selected is promised"),
         ({"evidence": {0: "test_a::test_b"}}, "check numbers from 1"),
         ({"evidence": {1: "test_a.test_b"}}, "expected 'test_file::test_name'"),
     ],
@@ -53,9 +54,10 @@ def test_what_is_called_must_be_callable(name):
         make(**{name: 3})
 
 
-def test_a_step_must_be_callable():
-    with pytest.raises(TypeError, match="step: expected a callable or None, got int"):
-        make(step=3, supports={"decode"})
+@pytest.mark.parametrize("name", ["step", "selection"])
+def test_a_step_and_a_selection_must_be_callable(name):
+    with pytest.raises(TypeError, match=f"{name}: expected a callable or None, got int"):
+        make(**{name: 3}, supports={"decode"})
 
 
 def test_a_declaration_cannot_change():

@@ -15,7 +15,7 @@ from .common import checks, scopes
 from .common.errors import UnsupportedError, unknown
 from .common.tracing import constant
 from .engine.result import Attn
-from .engine.tiled import Bias, Term, flash, launch, products, sharding
+from .engine.tiled import Bias, Term, boxing, flash, launch, products, sharding
 from .engine.tiled.op import call_plain, layout_for
 from .mask import Causal, Full, Mask, as_mask, parse
 from .mask.show import later_warning
@@ -115,7 +115,11 @@ def explain(
     if taken in ("blocked", "triton") and not refusals["sdpa"]:
         refusals["sdpa"] = _slower(call)
     notes = []
-    if taken != "sdpa":
+    plain = call.plain and not (call.positions or call.key_padding or call.mask.data)
+    boxes = boxing.plan_for(call.mask.text, q, k, v) if taken == "blocked" and plain else None
+    if boxes is not None:
+        notes.append(str(boxes))
+    elif taken != "sdpa":
         kind = launch.kind_of((t.kind for t in call.terms), softcap or 0.0, dropout_p, 0.0, "softmax")
         tile = launch.tile_of(q, v, kind, False) if taken == "triton" else None
         layout = layout_for(call.mask, q, k, positions, key_padding, tile)
@@ -124,7 +128,7 @@ def explain(
             f"{layout.area:.2%} of the pairs are visible"
         )
         notes.extend([layout.cost_note] if layout.cost_note else [])
-    if taken == "blocked" and q.device.type == "cpu":
+    if taken == "blocked" and q.device.type == "cpu" and boxes is None:
         fused = call.plain and products.fused_wins(q.dtype)
         notes.append("pieces go to torch's fused kernel" if fused else "pieces go to separate products and passes")
         notes.extend([launch.describe(q, v, kind)] if taken == "triton" else [])

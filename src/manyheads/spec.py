@@ -48,10 +48,13 @@ INVARIANCES: Mapping[str, str] = MappingProxyType(
         "heads": "permuting the heads permutes the result",
         "split": "splitting the sequence anywhere and carrying the state equals one call",
         "causal_selection": "later keys do not change which earlier keys are selected",
+        "own_selected": "every query selects the key at its own position",
+        "first_selected": "every query selects the first key that it may see",
     }
 )
 """What a mechanism can promise; the conformance suite tests each promise."""
 
+_OF_SELECTIONS = {"causal_selection", "own_selected", "first_selected"}
 BACKENDS = ("reference", "blocked", "sdpa", "triton")
 AXES = ("carrier", "kernel", "estimator", "execution")
 LETTERS: Mapping[str, str] = MappingProxyType(
@@ -221,7 +224,8 @@ class Spec:
     Args:
         slug: Its name, lower case with hyphens.
         fn: The mechanism: ``fn(q, k, v, *, ...)``.
-        reference: The same function, plain and dense, taking the same arguments but for ``backend``.
+        reference: The same function, plain and dense, taking the same arguments but for ``backend``. Where there is
+            a ``selection`` it also takes ``chosen=None``: what that returned, to use instead of choosing again.
         paper: Where it comes from: authors, title, identifier.
         inputs: From a size to a typical call; see :func:`qkv`.
         supports: Names out of ``CAPABILITIES``, or a mapping from them to booleans.
@@ -233,6 +237,12 @@ class Spec:
         step: One token: ``step(q (B, H, D), k (B, Hkv, D), v (B, Hkv, Dv), state=None, *, ...) -> (out, state)``, its
             gates without the token axis. Given exactly when ``decode`` is declared; ``fn`` then takes ``state`` and
             ``return_state``.
+        selection: For a mechanism that selects by content: ``selection(q, k, v, *, ...)``, taking what ``fn`` takes but
+            ``backend`` and ``return_lse``, and returning what ``fn`` visits: a :class:`manyheads.mask.TileLayout`,
+            token ids ``(B|1, 1|Hkv|Hq, Nq, K)`` with -1 for none, a NamedTuple ``(layout, order)`` whose key column c
+            is key ``order[b, h, c]``, or pairs, bool ``(B|1, 1|Hkv|Hq, Nq, Nk)``, where nothing else fits, as for
+            packed documents that were padded. References turn any into a matrix by
+            :func:`manyheads.mechanism.select.pairs`.
         backends: The backends that it can run on, out of ``BACKENDS``; empty when it takes no ``backend=``.
         invariances: Names out of ``INVARIANCES``.
         axes: Short words for its carrier, kernel, estimator, execution.
@@ -243,8 +253,8 @@ class Spec:
 
     Raises:
         ValueError: A name that does not exist, a slug or Hugging Face name of the wrong form, ``decode`` without a
-            ``step`` or a ``step`` without ``decode``.
-        TypeError: ``fn``, ``reference``, ``inputs``, ``step`` and the formulas must be callable.
+            ``step`` or a ``step`` without ``decode``, a promise about selections without a ``selection``.
+        TypeError: ``fn``, ``reference``, ``inputs``, ``step``, ``selection`` and the formulas must be callable.
 
     Example:
         >>> from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -261,6 +271,7 @@ class Spec:
     supports: frozenset[str] | Mapping[str, bool] | Iterable[str] = field(kw_only=True)
     gates: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     step: Callable[..., Any] | None = field(default=None, kw_only=True)
+    selection: Callable[..., Any] | None = field(default=None, kw_only=True)
     hf_name: str | None = field(default=None, kw_only=True)
     backends: tuple[str, ...] = field(default=(), kw_only=True)
     invariances: tuple[str, ...] = field(default=(), kw_only=True)
@@ -293,8 +304,11 @@ class Spec:
         put("gates", MappingProxyType(dict(self.gates)))
         for name, letters in self.gates.items():
             _known(f"axis letter of gate {name!r}", letters, LETTERS)
-        if self.step is not None and not callable(self.step):
-            raise TypeError(f"step: expected a callable or None, got {type(self.step).__name__}")
+        for name in ("step", "selection"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TypeError(f"{name}: expected a callable or None, got {type(getattr(self, name)).__name__}")
+        if self.selection is None and (promised := sorted(_OF_SELECTIONS & set(self.invariances))):
+            raise ValueError(f"selection: none is given, but {', '.join(promised)} is promised of what it selects")
         if ("decode" in self.supports) != (self.step is not None):
             which = "'decode' is declared" if self.step is None else "it is given, but 'decode' is not declared"
             raise ValueError(f"step: {which}; a mechanism that decodes gives both")

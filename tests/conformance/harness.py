@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -30,6 +31,11 @@ def pairs() -> Iterator[Any]:
 def decoders() -> list[Any]:
     """Every mechanism that can take one token after the other."""
     return [pytest.param(spec, id=slug) for slug, spec in sorted(registry().items()) if spec.declares("decode")]
+
+
+def selectors() -> list[Any]:
+    """Every mechanism that selects by content."""
+    return [pytest.param(spec, id=slug) for slug, spec in sorted(registry().items()) if spec.selection is not None]
 
 
 def takes(spec: Spec, name: str) -> bool:
@@ -140,6 +146,18 @@ def results(fn: Any, spec: Spec, case: Case, *, lse: bool = True) -> dict[str, T
     return out
 
 
+def chosen_by(spec: Spec, case: Case) -> dict[str, Any]:
+    """What a mechanism selects in a call, as the argument that its reference takes; empty when it selects nothing.
+
+    Two keys whose scores differ by a rounding may be chosen either way: a reference in another precision that chose
+    again would judge such a near-tie as an error.
+    """
+    if spec.selection is None:
+        return {}
+    with torch.no_grad():
+        return {"chosen": spec.selection(*case[:3], **case.options)}
+
+
 def as_dtype(case: Case, dtype: torch.dtype) -> Case:
     """The same numbers in another dtype, floating options included."""
 
@@ -176,12 +194,15 @@ def assert_same(
     hides that growth, to the budget of what is in half precision. Chunked forms do both, products inside a chunk and
     sums between chunks: where they miss the budget of the reference, the errors of the two add up to theirs.
 
+    The reference takes what the mechanism selects in this call, if it selects; see :func:`chosen_by`.
+
     ``origin`` is the float64 draw that half-precision inputs were rounded from. The lse of half-precision inputs is
     judged against it: torch's fused CPU kernel approximates the exponential to some 5e-5 there, far below
     what the rounding of the inputs moves, and far above float32.
     """
     dtype = case.q.dtype
-    exact = results(spec.reference, spec, as_dtype(case, torch.float64), lse=lse)
+    reference = functools.partial(spec.reference, **chosen_by(spec, case))
+    exact = results(reference, spec, as_dtype(case, torch.float64), lse=lse)
     if recurrent and dtype.itemsize > 2:
         for name, way in ways.items():
             for part, value in results(way, spec, as_dtype(case, torch.float64), lse=lse).items():
@@ -189,8 +210,8 @@ def assert_same(
                 torch.testing.assert_close(value, exact[part], **close, msg=lambda m, n=name, p=part: f"{n}: {p}: {m}")
         return
     if origin is not None and "lse" in exact:
-        exact["lse"] = results(spec.reference, spec, origin)["lse"]
-    plain = results(spec.reference, spec, case, lse=lse)
+        exact["lse"] = results(reference, spec, origin)["lse"]
+    plain = results(reference, spec, case, lse=lse)
     for name, way in ways.items():
         for part, value in results(way, spec, case, lse=lse).items():
             if recurrent and value.dtype != dtype:

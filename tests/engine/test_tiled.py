@@ -392,6 +392,7 @@ def test_the_operator_passes_torchs_own_checks(generator):
         None,
         0.0,
         "softmax",
+        "auto exact",
         [64, 64],
         [0, 0],
         False,
@@ -400,7 +401,7 @@ def test_the_operator_passes_torchs_own_checks(generator):
     torch.library.opcheck(op, args)
     with torch.no_grad():
         half = [t.detach().bfloat16() for t in (q, k, v)]
-        torch.library.opcheck(op, (*half, *args[3:18], [2, 5], True, "blocked"))
+        torch.library.opcheck(op, (*half, *args[3:19], [2, 5], True, "blocked"))
 
 
 def test_a_new_length_compiles_nothing():

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manyheads.engine.tiled import tiled
 from manyheads.mask import Causal, Document, PerHead, Periodic, Prefix, TileLayout, Window
 from manyheads.mask.build import build
 from tests.mask.layout_cases import random_call, random_mask
@@ -234,3 +235,34 @@ def test_many_bitmaps_on_both_sides_are_combined_only_where_they_meet():
 def test_repr_is_one_line_of_sizes():
     layout = Causal().tiles(256, tile=(64, 64))
     assert repr(layout) == "TileLayout(256 x 256 in tiles of 64 x 64, 1 row sets, 7 runs, 1 bitmaps)"
+
+
+def test_chosen_ids_compile_to_one_graph():
+    def blocks(q, k, v, ids):
+        layout = TileLayout.from_ids(ids, nq=q.shape[2], nk=k.shape[2], tile=(4, 8), mask=Causal(), heads=q.shape[1])
+        return tiled(q, k, v, layout)
+
+    ids = torch.rand(2, 2, 10, 5).argsort(-1)[..., :3]
+    q, k, v = (torch.randn(2, heads, 40, 8, requires_grad=True) for heads in (4, 2, 2))
+    graph = torch.compile(blocks, fullgraph=True, backend="aot_eager")
+    want, got = (fn(q, k, v, ids) for fn in (blocks, graph))
+    assert torch.equal(want, got)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (want, got)), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="chosen twice"):
+        graph(q, k, v, ids.clamp(max=0))
+
+
+def test_padded_keys_are_hidden_from_layouts_of_either_storage():
+    ids = torch.rand(2, 1, 5, 5).argsort(-1)[..., :3]
+    real = torch.rand(2, 37) < 0.7
+    chosen = TileLayout.from_ids(ids, nq=37, nk=37, tile=8, heads=2, mask=Causal())
+    want = chosen.dense() & real[:, None, None]
+    for layout in (chosen, chosen.to_runs()):
+        assert torch.equal(layout.without(real).dense(), want)
+        q, k, v = (torch.randn(2, 2, 37, 8, dtype=torch.float64) for _ in range(3))
+        scores = (q @ k.mT * 8**-0.5).masked_fill(~want, -torch.inf)
+        k[~real[:, None].expand(2, 2, 37)] = torch.nan
+        for backend in ("reference", "blocked"):
+            out = tiled(q, k, v, layout, key_padding=real, backend=backend)
+            torch.testing.assert_close(out, scores.softmax(-1).nan_to_num() @ v)

@@ -104,7 +104,7 @@ def test_dropout_of_some_heads_is_that_of_all(backend):
     from manyheads.engine.tiled.op import op
 
     q, k, v = sample_qkv(B, H, N, kv_heads=HKV, width=D, seed=5)
-    rest = (None, None, None, "", [], None, 0.25, 0.0, 0.3, torch.tensor([77]), 0.0, "softmax", (0, 0))
+    rest = (None, None, None, "", [], None, 0.25, 0.0, 0.3, torch.tensor([77]), 0.0, "softmax", "auto exact", (0, 0))
     whole, _ = op(q, k, v, "causal", [], *rest, (0, 0), False, backend)
     part, _ = op(q[1:, 2:], k[1:, 1:], v[1:, 1:], "causal", [], *rest, (1, 2), False, backend)
     torch.testing.assert_close(part, whole[1:, 2:])
@@ -118,7 +118,7 @@ def test_kernels_that_count_heads_from_zero_refuse_another_origin():
     if launch.refuse("cpu"):
         pytest.skip("no Triton")
     q, k, v = sample_qkv(1, H, 8, width=D, seed=5)
-    rest = (None, None, None, "", [], None, 0.25, 0.0, 0.3, torch.tensor([77]), 0.0, "softmax", (0, 0))
+    rest = (None, None, None, "", [], None, 0.25, 0.0, 0.3, torch.tensor([77]), 0.0, "softmax", "auto exact", (0, 0))
     with pytest.raises(mh.UnsupportedError, match="begins at head 2"):
         op(q, k, v, "causal", [], *rest, (0, 2), False, "triton")
     assert call_of(mh.Causal(), "triton", dropout_p=0.1).on_heads(range(2, 4), range(1, 2)).backend == "blocked"

@@ -231,7 +231,7 @@ def _key(row: Row) -> Key:
     if row.bar is not None:
         return (row.suite, row.provider, row.bar, kind)
     where = (row.input, row.seed, row.cache or "warm", kind)  # files of the first version were all warm
-    return (*_group(row), row.provider, row.shape, row.dtype, *where)
+    return (*_group(row), row.provider, row.shape, row.dtype, row.setting, *where)
 
 
 def _environment(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

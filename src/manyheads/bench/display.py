@@ -351,6 +351,13 @@ _COLUMNS: list[Column] = [
     ("rate of learning", lambda r: "" if r.learning_rate is None else f"{r.learning_rate:g}"),
     ("parameters", lambda r: "" if r.parameters is None else f"{r.parameters:,}"),
     ("agreement", lambda r: "" if r.agreement is None else f"{r.agreement:.6f}"),
+    ("setting", lambda r: r.setting or ""),
+    ("pairs", lambda r: "" if r.setting is None else _percent(r.area)),
+    ("weight kept", lambda r: _percent(r.mass)),
+    ("top keys", lambda r: _percent(r.recall)),
+    ("choosing", lambda r: _percent(r.selection)),
+    ("lost", lambda r: "" if r.speed is None else number(r.error_norm)),
+    ("over dense", lambda r: "" if r.speed is None else f"{number(r.speed)}x"),
     ("ratio", _ratio),
     ("remark", _remark),
 ]
@@ -387,4 +394,5 @@ _DISPENSABLE = (
     "rate of learning",
 )
 """What a narrow terminal does without, first to last."""
-_BRIEF = {"ms", "MiB", "overhead us", "unique tiles", "rate", "score", "agreement", "gate", "ratio"}
+_BRIEF = {"ms", "MiB", "overhead us", "unique tiles", "rate", "score", "agreement", "gate", "ratio", "lost",
+          "over dense"}  # fmt: skip

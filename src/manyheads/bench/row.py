@@ -92,6 +92,13 @@ class Row:
         imbalance: In ``parallel``: visible pairs of the busiest rank over the mean.
         sent_mib: In ``parallel``: most that a rank sent, or all ranks together in a plan.
         overlap: In ``parallel``: share of the smaller of compute and communication that the other one hid.
+        setting: In ``sparse``: what the mechanism was told to keep, such as ``"10%"`` of the blocks or ``"0.001"``, its
+            threshold.
+        mass: In ``sparse``: share of dense attention's weight that lies on the kept keys.
+        recall: In ``sparse``: share of the keys with the largest weights that are kept.
+        selection: In ``sparse``: time of choosing as a share of the whole.
+        speed: In ``sparse``: time of dense attention, the faster of ours and torch's, over that of this row, which
+            approximates it: worth nothing without ``error_norm`` beside it.
         note: Anything else a reader must know.
         seed: Seed of the inputs.
     """
@@ -159,11 +166,16 @@ class Row:
     imbalance: float | None = None
     sent_mib: float | None = None
     overlap: float | None = None
+    setting: str | None = None
+    mass: float | None = None
+    recall: float | None = None
+    selection: float | None = None
+    speed: float | None = None
     note: str | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Holds the two rules that no row may break: known words, and no speed-up without fidelity."""
+        """Holds the rules that no row may break: known words, and no speed-up without fidelity."""
         if self.status not in STATUSES:
             raise ValueError(f"status: expected one of {STATUSES}, got {self.status!r}")
         if self.gate not in GATES:
@@ -172,6 +184,8 @@ class Row:
             raise ValueError(f"cache: expected one of {CACHES}, got {self.cache!r}")
         if self.ratio is not None and self.gate != "green":
             raise ValueError(f"ratio: a row whose gate is {self.gate} reports no speed-up")
+        if self.speed is not None and self.error_norm is None:
+            raise ValueError("speed: a row that approximates says by how much in error_norm")
         if self.status != "measured" and not self.reason:
             raise ValueError(f"reason: a {self.status} row says why")
 

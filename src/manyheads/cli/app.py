@@ -263,6 +263,28 @@ def capture(
 
 
 @app.command()
+def lost(
+    mechanism: Annotated[str, typer.Argument(help="A mechanism that chooses its keys, by its slug.")],
+    input: Annotated[str, typer.Option(help="needles, document, video, or a file of `capture`.")] = "document",
+    set: Annotated[list[str] | None, typer.Option(help="An argument of the mechanism, as keep=16.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(min=0, help="Only this layer of a file.")] = None,
+    length: Annotated[int, typer.Option(min=0, help="Tokens, at most; 0 for all of a file.")] = 4096,
+    heads: Annotated[str, typer.Option(help="Heads : key heads x width of drawn input.")] = "8:2x64",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "bfloat16",
+    mask: Annotated[str, typer.Option(help="What dense attention sees: causal or full.")] = "causal",
+    top: Annotated[int, typer.Option(min=1, help="So many of the heaviest keys must be found.")] = 64,
+    rows: Annotated[int, typer.Option(min=0, help="Query rows to judge; 0 for all.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of inputs and rows.")] = 42,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> int:
+    """Say what a sparse mechanism loses on an input: error, weight, keys, and the time of choosing."""
+    from manyheads.cli import lost as command
+
+    chosen = (mechanism, input, tuple(set or ()), tuple(layer or ()), length, heads, _SHORT.get(dtype, dtype))
+    return command.run(command.Request(*chosen, mask, top, rows, seed, json))
+
+
+@app.command()
 def advise(
     config: Annotated[Path, typer.Argument(help="A transformers config.json, or a folder with one.")],
     length: Annotated[int | None, typer.Option(help="Tokens; an image model knows its own.")] = None,

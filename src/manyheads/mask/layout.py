@@ -13,6 +13,7 @@ import torch
 
 from . import flat, inside, retiling
 from . import ids as padded
+from .deferred import Deferred
 from .evaluate import pack, unpack
 from .runs import Runs, transpose
 
@@ -280,13 +281,32 @@ class TileLayout:
         In ids storage this happens where the ids are, with static shapes; the first mask does not wait for
         the device either, once its layout is there.
         """
+        return self._and(mask, None)
+
+    def without(self, key_padding: torch.Tensor) -> TileLayout:
+        """Hides padded keys from every query.
+
+        Args:
+            key_padding: bool ``(nk,)`` or ``(B, nk)``, True for a real key.
+        """
+        from .primitives import Full
+
+        return self._and(Full(), key_padding)
+
+    def _and(self, mask: Mask, key_padding: torch.Tensor | None) -> TileLayout:
         from .build import build
 
-        positions = (self.q_pos, self.k_pos)
-        other = build(mask, self.nq, self.nk, tile=self.tile, positions=positions, batch=self.batch, heads=self.heads)
-        if self.ids is None:
-            return retiling.overlay(self, other)
-        return padded.restrict(self, other)
+        other = build(
+            mask,
+            self.nq,
+            self.nk,
+            tile=self.tile,
+            positions=(self.q_pos, self.k_pos),
+            key_padding=key_padding,
+            batch=self.batch,
+            heads=self.heads,
+        )
+        return retiling.overlay(self, other) if self.ids is None else padded.restrict(self, other)
 
     @classmethod
     def from_ids(
@@ -326,6 +346,11 @@ class TileLayout:
             [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
         """
         size = check_tile((tile, tile) if isinstance(tile, int) else tile)
+        if torch.compiler.is_compiling():  # ids have no values yet: an operator will make the layout
+            q_pos, k_pos = positions if positions is not None else (None, None)
+            named = {"counts": counts, "q_pos": q_pos, "k_pos": k_pos}
+            text, data = ("", ()) if mask is None else (mask.text, mask.data)
+            return Deferred(nq, nk, size, ids, named, text, data)  # type: ignore[return-value]
         ids, ids_count = padded.check(ids, counts, (-(-nq // size[0]), -(-nk // size[1])))
         own = ids.shape[:2]
         if batch is not None and own[0] not in (1, batch):

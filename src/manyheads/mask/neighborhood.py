@@ -210,6 +210,30 @@ def per_axis(value: Any, n: int, argument: str) -> tuple[int, ...]:
     return tuple(whole(v, argument, 1) for v in values)
 
 
+def visible_places(cells: int, window: int, stride: int = 1, causal: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last key that each query sees on one axis, in one residue class.
+
+    Args:
+        cells: Cells of the class.
+        window, stride, causal: As for :class:`Neighborhood`, on this axis.
+
+    Returns:
+        Two int64 arrays ``(cells,)``.
+
+    Example:
+        >>> [ends.tolist() for ends in visible_places(5, 3)]
+        [[0, 0, 1, 2, 2], [2, 2, 3, 4, 4]]
+    """
+    place = np.arange(cells, dtype=np.int64)
+    head = place - place % stride
+    if causal:
+        return np.maximum(np.minimum(head + stride - 1, cells - 1) - (window - 1), 0), place
+    left = window // 2
+    leader = np.minimum(head + stride // 2, cells - 1)
+    first = np.minimum(np.maximum(leader - left, 0), cells - window)
+    return first, first + window - 1
+
+
 def grid_permutation(
     shape: int | Sequence[int], tile: int | Sequence[int], dilation: int | Sequence[int] = 1
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -60,6 +60,9 @@ def order(
     """
     if mask is None:
         mask = default
+    if isinstance(mask, str) and mask in ("causal", "full"):  # no value: a compiler must not meet one twice, and equal ones are one object
+        spec.require("causal_self" if mask == "causal" else "noncausal_self")
+        return mask == "causal", None
     if isinstance(mask, str):
         value = _read(mask)
     elif isinstance(mask, Tensor):

@@ -8,6 +8,7 @@ from .least_squares import LeastSquares
 from .local_linear import LocalLinearAttention
 from .mlstm import MLSTM
 from .natsl import NATSL
+from .neighborhood import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from .parallax import Parallax
 from .rat import RAT
 from .shortconv import ShortConv
@@ -19,6 +20,9 @@ __all__ = [
     "LocalLinearAttention",
     "MLSTM",
     "NATSL",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
     "Parallax",
     "RAT",
     "ShortConv",

@@ -19,7 +19,7 @@ from manyheads.bench.row import Row
 from manyheads.bench.store import PARTIAL, Results
 from manyheads.common.errors import missing_extra
 
-SCRIPTS = ("core.js", "marks.js", "plots.js", "quality.js", "table.js", "sections.js")
+SCRIPTS = ("core.js", "marks.js", "plots.js", "plane.js", "quality.js", "table.js", "sections.js")
 """Parts of the page's own script, in order."""
 
 COLORS = {"manyheads": "#2f7de1", "sdpa": "#d9680f", "flex": "#0f9d8a", "reference": "#808890"}

@@ -10,12 +10,14 @@ from ...common import checks
 from ...common.errors import UnsupportedError, unknown
 from ...common.scopes import refuse_inside
 from ...mask.base import Mask
+from ...mask.deferred import Deferred
 from ...mask.layout import TileLayout
 from ..result import Attn
 from . import bias as biases
-from . import launch, sharding
+from . import launch, lowbit, sharding
 from .bias import ALiBi, Bias, Pair, PerBlock, PerKey, Relative, Term
 from .op import BACKENDS, op
+from .problem import ORDERS, PRECISIONS
 from .weight import WEIGHTS, weight_named
 
 __all__ = [
@@ -53,6 +55,8 @@ def tiled(
     positions: Positions | None = None,
     key_padding: Bool[Tensor, "B Nk"] | None = None,
     tile: tuple[int, int] | None = None,
+    order: str = "auto",
+    qk: str = "exact",
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Float[Tensor, "B Hq Nq Dv"] | Attn:
@@ -82,6 +86,12 @@ def tiled(
         positions: Logical positions ``(q_pos, k_pos)`` of shapes ``(Nq,)`` or ``(B, Nq)``, ``(Nk,)`` or ``(B, Nk)``.
         key_padding: bool ``(B, Nk)``, True for real keys. The others may hold anything, NaN included.
         tile: Tile of the layout built for a mask, in tokens; the engine's choice by default, and the unit of skipping.
+        order: Which loop is the outer one: ``"queries"``: each query tile visits its key tiles; ``"keys"``: each key
+            tile is met by all the queries that chose it, whose partial results are merged at the end (FSA, 2025), for
+            layouts with a few queries a tile; ``"auto"``: the engine's choice, see ``order.py``. Values are the same.
+        qk: In what ``q k^T`` is computed: ``"exact"``, or from ``"int8"`` or ``"int4"`` copies of both, rounded token
+            by token after their means over tokens were taken off (put back exactly). Gradients: of exact scores
+            at these weights.
         return_lse: Also return the log of the normaliser.
         backend: ``"auto"``, ``"triton"``, ``"blocked"`` or ``"reference"``.
 
@@ -103,6 +113,7 @@ def tiled(
     refuse_inside("tiled")
     checks.attention_inputs(q, k, v)
     checks.options(q, k, scale=scale, softcap=softcap, sink=sink, dropout_p=dropout_p, skip_threshold=skip_threshold)
+    _check_how(order, qk)
     if return_lse and not weight_named(weight).normalised:
         raise UnsupportedError(f"weight {weight!r} is not normalised, so it has no lse; drop return_lse")
     if sink is not None and weight != "softmax":
@@ -121,7 +132,9 @@ def tiled(
         if sharded:
             key_padding = sharding.replicated(key_padding, sharding.plan_of(q, k, v).mesh)
         k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
-    chosen = _backend(backend, q, v, terms, weight_named(weight).name)
+    chosen = _backend(backend, q, v, terms, weight_named(weight).name, qk)
+    if order == "keys" and chosen == "reference":
+        raise UnsupportedError("order 'keys': backend 'reference' computes every pair at once; use 'blocked'")
     mask_text, mask_data = mask_parts(mask, q, k, (q_pos, k_pos))
     out, lse = op(
         q,
@@ -141,6 +154,7 @@ def tiled(
         _seed(seed) if dropout_p else None,
         float(skip_threshold or 0.0),
         weight,
+        f"{order} {qk}",
         tile or (_SKIP_TILE if skip_threshold and chosen != "triton" else _ANY_TILE),
         (0, 0),
         False,
@@ -170,12 +184,18 @@ def refuse(backend: str, device: str) -> list[str]:
     return launch.refuse(device) if backend == "triton" else []
 
 
-def _backend(name: str, q: Tensor, v: Tensor, terms: tuple[Term, ...], weight: str) -> str:
+def _check_how(order: str, qk: str) -> None:
+    for name, value, known in (("order", order, ORDERS), ("qk", qk, PRECISIONS)):
+        if value not in known:
+            raise unknown(name, str(value), known)
+
+
+def _backend(name: str, q: Tensor, v: Tensor, terms: tuple[Term, ...], weight: str, qk: str) -> str:
     """The backend that a call gets: on a GPU the kernels where they can take it, else blocked."""
     if name not in ("auto", *BACKENDS):
         raise unknown("backend of tiled", name, ["auto", *BACKENDS])
     if name == "triton" or (name == "auto" and q.device.type == "cuda"):
-        reasons = launch.refuse(q.device.type) + launch.refuse_call(q, v, terms, weight)
+        reasons = launch.refuse(q.device.type) + launch.refuse_call(q, v, terms, weight) + lowbit.refuse(qk)
         if not reasons:
             return "triton"
         if name == "triton":
@@ -196,6 +216,8 @@ def mask_parts(
         return mask.text, list(mask.data)
     if isinstance(mask, str):
         return mask, []
+    if isinstance(mask, Deferred):
+        return mask.text, mask.tensors
     if not isinstance(mask, TileLayout):
         raise TypeError(f"mask: expected a Mask or a TileLayout, got {type(mask).__name__}")
     if (mask.nq, mask.nk) != (q.shape[2], k.shape[2]):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
-from . import flash, passes, products
+from . import boxes, flash, inverted, passes, products
+from .order import by_keys
 from .problem import Grads, Problem
 
 
@@ -17,11 +19,13 @@ def uses_fused(p: Problem) -> bool:
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-normaliser of a problem."""
-    return (flash if uses_fused(p) else passes).forward(p)
+    way: Any = boxes if p.boxes is not None else flash if uses_fused(p) else passes
+    return (inverted if by_keys(p, "blocked") else way).forward(p)
 
 
 def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Gradients of a problem from its saved output and log-normaliser; rows that see nothing have none."""
     if dlse is not None:
         dlse = dlse.masked_fill(lse == -math.inf, 0.0)
-    return (flash if uses_fused(p) and p.sink is None else passes).backward(p, out, lse, dout, dlse)
+    way: Any = boxes if p.boxes is not None else flash if uses_fused(p) and p.sink is None else passes
+    return (inverted if by_keys(p, "blocked") else way).backward(p, out, lse, dout, dlse)

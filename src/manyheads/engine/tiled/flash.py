@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from . import chosen
 from .pieces import Piece, pieces_of
 from .plan import Plan, fetch, kv_heads, plan_of, scatter
 from .problem import Grads, Problem
@@ -42,12 +43,16 @@ def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-normaliser, piece by piece."""
-    plan = plan_of(p.layout)
     b, h, nq, d = p.q.shape
     dv = p.v.shape[3]
     q, k, v = (p.q, p.k, p.v) if d == dv else _equal_widths(p.q, p.k, p.v)
     q, scale = folded(q, p.scale)
     q, k, v = _dense(q, k, v)
+    rows = None if p.layout.ids is None else chosen.rows_of(p.layout, b, h, p.k.shape[1])
+    if rows is not None:
+        out, lse = chosen.forward(p.layout, rows, q, k, v, scale, p.result(p.v.dtype))
+        return _with_sink(p, out[..., :dv], lse)
+    plan = plan_of(p.layout)
     if plan.single:  # a small call: no copies
         out, lse = _piece(plan, pieces_of(plan, 0)[0], q, k, v, scale)
         return _with_sink(p, (out if d <= dv else out[..., :dv]).to(p.result(p.v.dtype)), lse)
@@ -86,7 +91,6 @@ def _with_sink(p: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Gradients from the saved output and log-normaliser."""
-    plan = plan_of(p.layout)
     d, dv = p.q.shape[3], p.v.shape[3]
     out, v = out.to(p.v.dtype), p.v
     if dlse is not None:
@@ -101,8 +105,23 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
         out, dout = (pad(t, (0, q.shape[3] - t.shape[3])) for t in (out, dout))
     q, k, v, out, dout = _dense(q, k, v, out, dout)
     lse = lse.masked_fill(lse == -math.inf, 0.0)
+    rows = None if p.layout.ids is None else chosen.rows_of(p.layout, *p.q.shape[:2], p.k.shape[1])
+    if rows is not None:
+        dq, dk, dv_ = chosen.backward(p.layout, rows, (q, k, v), (out, lse, dout), scale, p.result(q.dtype))
+    else:
+        dq, dk, dv_ = _by_pieces(p, (q, k, v), (out, lse, dout), scale)
+    if scale != p.scale:
+        dq.mul_(p.scale)
+    return Grads(dq[..., :d], dk[..., :d].to(p.result(p.k.dtype)), dv_[..., :dv].to(p.result(p.v.dtype)))
+
+
+def _by_pieces(
+    p: Problem, tensors: tuple[Tensor, Tensor, Tensor], saved: tuple[Tensor, Tensor, Tensor], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = plan_of(p.layout)
+    (q, k, v), (out, lse, dout) = tensors, saved
     dq = torch.zeros_like(q, dtype=p.result(q.dtype))
-    dk, dv_ = (torch.zeros_like(t, dtype=p.accumulate) for t in (k, v))
+    dk, dv = (torch.zeros_like(t, dtype=p.accumulate) for t in (k, v))
     for group in plan.groups(p.q.shape[0], p.q.shape[1], p.group):
         kv = kv_heads(group.h, p.group)
         for part in pieces_of(plan, group.row_set):
@@ -116,10 +135,8 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
             )
             dq[at] += grads[0]
             scatter(dk[group.b, kv], grads[1], part.segments)
-            scatter(dv_[group.b, kv], grads[2], part.segments)
-    if scale != p.scale:
-        dq.mul_(p.scale)
-    return Grads(dq[..., :d], dk[..., :d].to(p.result(p.k.dtype)), dv_[..., :dv].to(p.result(p.v.dtype)))
+            scatter(dv[group.b, kv], grads[2], part.segments)
+    return dq, dk, dv
 
 
 def _piece(plan: Plan, part: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,14 @@ from torch import Tensor
 from ...common.errors import UnsupportedError
 from ...mask.base import Mask
 from ...mask.build import build
+from ...mask.deferred import layout_of
 from ...mask.layout import TileLayout
 from ...mask.text import parse
 from ..autocast import casting
 from . import bias as biases
-from . import blocked, launch, reference
+from . import blocked, boxing, launch, reference
 from .plan import cheapest
-from .problem import Grads, Problem
+from .problem import AUTO, HOW, Grads, Problem
 from .weight import weight_named
 
 BACKENDS: dict[str, Any] = {"triton": launch, "blocked": blocked, "reference": reference}
@@ -29,7 +30,7 @@ BACKENDS: dict[str, Any] = {"triton": launch, "blocked": blocked, "reference": r
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, str mask, Tensor[] mask_data, Tensor? q_pos, Tensor? k_pos, Tensor? key_padding, "
     "str bias, Tensor[] bias_data, Tensor? sink, float scale, float softcap, float dropout_p, Tensor? seed, "
-    "float skip_threshold, str weight, int[] tile, int[] origin, bool wide, str backend"
+    "float skip_threshold, str weight, str how, int[] tile, int[] origin, bool wide, str backend"
 )
 _library = torch.library.Library("manyheads", "FRAGMENT")
 _library.define(f"tiled({_ARGS}) -> (Tensor, Tensor)")
@@ -56,6 +57,7 @@ def _problem(
     seed: Tensor | None,
     skip_threshold: float,
     weight: str,
+    how: str,
     tile: Sequence[int],
     origin: Sequence[int],
     wide: bool,
@@ -72,11 +74,18 @@ def _problem(
         if mask_data or q_pos is not None or key_padding is not None
         else (mask, q.shape, k.shape, *tile, q.dtype, backward)
     )
-    layout = _small.get(small)
+    found = None
+    plain = small is not None and how == AUTO and weight == "softmax" and sink is None and not tile[0]
+    if plain and backend == "blocked" and not (bias or softcap or dropout_p or skip_threshold):
+        found = boxing.plan_for(mask, q, k, v)
+    layout = _small.get(small) if found is None else _UNREAD
     if layout is None:
         positions = None if q_pos is None or k_pos is None else (q_pos, k_pos)
         size = (tile[0], tile[1]) if tile[0] else None
-        layout = layout_for(mask_value(mask, mask_data), q, k, positions, key_padding, size, backward)
+        if mask.startswith("ids("):
+            layout = layout_for(_chosen(mask, mask_data, q, k), q, k, None, key_padding)
+        else:
+            layout = layout_for(mask_value(mask, mask_data), q, k, positions, key_padding, size, backward)
         if small is not None and q.shape[2] * k.shape[2] <= _SMALL_PAIRS:
             if len(_small) > 256:
                 _small.clear()
@@ -99,13 +108,16 @@ def _problem(
         0 if seed is None else int(seed),
         skip_threshold,
         bias_grads,
-        skip_threshold > 0 or mask.startswith("layout("),
+        skip_threshold > 0 or mask.startswith(("layout(", "ids(")),
         (origin[0], origin[1]),
         wide,
+        *HOW[how],
+        found,
     )
 
 
 _NONE = torch.empty(0, 0, dtype=torch.int64)
+_UNREAD = TileLayout(0, 0, (1, 1), torch.zeros(1, 1, dtype=torch.int32))  # boxes need no tiles
 _SMALL_PAIRS = 1 << 16
 _small: dict[object, TileLayout] = {}  # layouts so small that looking them up properly would cost more than their use
 
@@ -215,7 +227,7 @@ def call_plain(
     q: Tensor, k: Tensor, v: Tensor, mask: str, data: list[Tensor], scale: float, backend: str, grads: bool
 ) -> tuple[Tensor, Tensor]:
     """The operator without options; where nothing needs gradients, past the layer that would record them."""
-    rest: tuple[Any, ...] = ("", [], None, scale, 0.0, 0.0, None, 0.0, "softmax", (0, 0), (0, 0), False, backend)
+    rest: tuple[Any, ...] = ("", [], None, scale, 0.0, 0.0, None, 0.0, "softmax", AUTO, (0, 0), (0, 0), False, backend)
     if grads:
         return op(q, k, v, mask, data, None, None, None, *rest)
     with _below_autograd():
@@ -246,6 +258,18 @@ def mask_value(text: str, data: Sequence[Tensor]) -> Mask | TileLayout:
     return value
 
 
+def _chosen(text: str, data: Sequence[Tensor], q: Tensor, k: Tensor) -> TileLayout:
+    """The layout of a choice that a compiler carried here; found again by its backward."""
+    key = (text, q.shape[:3], k.shape[2], *map(id, data))
+    hit = _by_tensors.get(key)
+    if hit is None or not all(ref() is t for ref, t in zip(hit[0], data, strict=True)):
+        hit = _by_tensors[key] = [weakref.ref(t) for t in data], layout_of(text, data, q, k)
+        while len(_by_tensors) > 256:
+            _by_tensors.pop(next(iter(_by_tensors)))
+    assert isinstance(hit[1], TileLayout)
+    return hit[1]
+
+
 def layout_for(
     mask: Mask | TileLayout,
     q: Tensor,
@@ -258,7 +282,7 @@ def layout_for(
     """The layout that a call visits; with no tile given, the cheapest of some sizes.
 
     Args:
-        mask: A mask, or a layout, which is returned as it is.
+        mask: A mask, or a layout, of which only padded keys are hidden.
         q, k: The call's queries and keys; only their shapes and dtype are read.
         positions: Logical positions, or None for the mask's default.
         key_padding: bool ``(B, Nk)``, True for real keys.
@@ -269,7 +293,7 @@ def layout_for(
         The layout, from a cache when it was built before.
     """
     if isinstance(mask, TileLayout):
-        return mask
+        return mask if key_padding is None else mask.without(key_padding)
     (batch, heads, nq, _), nk = q.shape, k.shape[2]
 
     def made(size: tuple[int, int]) -> TileLayout:

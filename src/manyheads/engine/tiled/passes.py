@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import products
+from . import lowbit, products
 from .bias import Block
 from .dropout import keep
+from .lowbit import Operands
 from .plan import Group, Plan, Row, Segment, fetch, kv_heads, plan_of, scatter
 from .problem import Grads, Problem
 
@@ -23,12 +24,13 @@ _CHUNK = 1 << 20  # score elements of one chunk: 4 MiB in float32
 
 
 class Strip(NamedTuple):
-    """Some heads of one row of query tiles."""
+    """Some heads of one row of query tiles, and the whole numbers that low-bit scores are made of."""
 
     b: slice
     h: slice
     kv: slice
     row: Row
+    low: Operands | None = None
 
 
 class Chunk(NamedTuple):
@@ -210,15 +212,21 @@ def _score_grads(
 
 def strips(p: Problem, plan: Plan) -> Iterator[Strip]:
     """All heads at once while their scores stay in cache, one key head after another when they do not."""
+    low = None if p.qk == "exact" else lowbit.operands(p)
     for group in plan.groups(p.q.shape[0], p.q.shape[1], p.group):
         for row in plan.rows[group.row_set]:
-            batch, heads = group.b.stop - group.b.start, group.h.stop - group.h.start
-            if batch * heads * (row.q1 - row.q0) * row.width <= _CHUNK:
-                yield Strip(group.b, group.h, kv_heads(group.h, p.group), row)
-                continue
-            for b in range(group.b.start, group.b.stop):
-                for h in _by_kv_head(group, p.group):
-                    yield Strip(slice(b, b + 1), h, kv_heads(h, p.group), row)
+            for b, h in _parts(p, group, row):
+                yield Strip(b, h, kv_heads(h, p.group), row, low)
+
+
+def _parts(p: Problem, group: Group, row: Row) -> Iterator[tuple[slice, slice]]:
+    batch, heads = group.b.stop - group.b.start, group.h.stop - group.h.start
+    if batch * heads * (row.q1 - row.q0) * row.width <= _CHUNK:
+        yield group.b, group.h
+        return
+    for b in range(group.b.start, group.b.stop):
+        for h in _by_kv_head(group, p.group):
+            yield slice(b, b + 1), h
 
 
 def _by_kv_head(group: Group, per_kv: int) -> Iterator[slice]:
@@ -236,7 +244,7 @@ def _chunks(p: Problem, plan: Plan, strip: Strip) -> Iterator[Chunk]:
     skipper = _Skipper(p.skip_threshold) if p.skip_threshold else None
     for segments in cut(strip.row.segments, columns, plan.tile[1], aligned=p.skip_threshold > 0):
         k = flat(fetch(p.k[strip.b, strip.kv], segments))
-        s = products.scores(q, k).view(*shape, k.shape[1])
+        s = products.scores(q, k).view(*shape, k.shape[1]) if strip.low is None else _low_scores(strip, segments)
         slope, factor = None, p.scale
         if p.scale <= 0 or p.softcap or p.terms or skipper or not p.weight.softmax:
             s, factor = s.mul_(p.scale), 1.0
@@ -251,6 +259,13 @@ def _chunks(p: Problem, plan: Plan, strip: Strip) -> Iterator[Chunk]:
         plan.hide(s, segments, -math.inf)
         if skipper is None or skipper.visits(s):
             yield Chunk(s, factor, segments, k, at, slope)
+
+
+def _low_scores(strip: Strip, segments: tuple[Segment, ...]) -> Tensor:
+    assert strip.low is not None
+    at = (strip.b, strip.h, slice(strip.row.q0, strip.row.q1))
+    keys = torch.cat([torch.arange(k0, k1, device=strip.low.k.device) for k0, k1, _ in segments])
+    return strip.low.part(at, strip.kv, keys).scores()
 
 
 class _Skipper:

@@ -10,7 +10,19 @@ from torch import Tensor
 
 from ...mask.layout import TileLayout
 from .bias import Term
+from .boxing import BoxPlan
 from .weight import Weight
+
+ORDERS = ("auto", "queries", "keys")
+"""Which loop of the engine is the outer one."""
+
+PRECISIONS = ("exact", "int8", "int4")
+"""In what the products of queries and keys are computed."""
+
+HOW = {f"{order} {qk}": (order, qk) for order in ORDERS for qk in PRECISIONS}
+"""Order and precision by the one text in which they cross the operator."""
+
+AUTO = "auto exact"
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that would cost microseconds on every call
@@ -38,6 +50,9 @@ class Problem:
         own_tiles: Whether the caller chose the layout's tiles, rather than the engine.
         origin: Where the first batch entry and the first query head lie in a larger call; dropout depends on it.
         wide: Whether output and gradients keep the dtype they are summed in, as parts of a larger sum should.
+        order: One of ``ORDERS``.
+        qk: One of ``PRECISIONS``.
+        boxes: Where a neighbourhood is computed by boxes of a grid; ``layout`` is not read then.
     """
 
     q: Tensor
@@ -58,6 +73,9 @@ class Problem:
     own_tiles: bool = False
     origin: tuple[int, int] = (0, 0)
     wide: bool = False
+    order: str = "auto"
+    qk: str = "exact"
+    boxes: BoxPlan | None = None
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -80,7 +98,8 @@ class Problem:
     @property
     def plain(self) -> bool:
         """Whether this is softmax over masked scores and nothing else (a sink is applied afterwards)."""
-        return not (self.terms or self.softcap or self.dropout_p or self.skip_threshold) and self.weight.softmax
+        options = self.terms or self.softcap or self.dropout_p or self.skip_threshold or self.qk != "exact"
+        return not options and self.weight.softmax
 
 
 @dataclass(slots=True)

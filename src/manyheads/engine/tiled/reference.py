@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...common.quantise import quantise, smoothed
 from .bias import Block, Term
 from .dropout import keep
 from .problem import Grads, Problem
@@ -22,12 +23,24 @@ _warned = False
 def scores(p: Problem) -> Tensor:
     """``cap(scale * q k^T) + bias`` for every pair, ``(B, Hq, Nq, Nk)`` in the accumulation dtype."""
     k = p.k.to(p.accumulate).repeat_interleave(p.group, dim=1)
-    s = (p.q.to(p.accumulate) @ k.transpose(-1, -2)) * p.scale
+    s = p.q.to(p.accumulate) @ k.transpose(-1, -2)
+    if p.qk != "exact":
+        s = s + (_low_bit(p) - s).detach()  # gradients pass straight through the rounding
+    s = s * p.scale
     if p.softcap:
         s = p.softcap * torch.tanh(s / p.softcap)
     for term in p.terms:
         s = s + term.values(_everything(p)).to(s.dtype)
     return s
+
+
+def _low_bit(p: Problem) -> Tensor:
+    """Products of smoothed queries and keys rounded to 8 or 4 bits, what smoothing took put back."""
+    bits = {"int8": 8, "int4": 4}[p.qk]
+    parts = smoothed(p.q.detach(), p.k.detach(), queries=bits == 4)
+    q, k = (quantise(t, bits).dequantise() for t in (parts.queries, parts.keys))
+    dots = q @ k.repeat_interleave(p.group, dim=1).transpose(-1, -2)
+    return dots + parts.row[..., None] + parts.column[:, :, None]
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UnsupportedError
-from ...mask.ids import settle
+from ...mask.ids import index_of, settle
 from ...mask.layout import TileLayout
+from .order import same
 
 _L2_BYTES = 32 << 20  # keys and values of neighbouring programs should stay in a cache of about this size
 
@@ -148,9 +149,13 @@ def _listed(layout: TileLayout, device: torch.device) -> Rows:
 
 def _index(layout: TileLayout, device: torch.device) -> Tensor:
     """The index of padded ids on their device; the usual one is made there, because a copy would wait for it."""
-    index, number = layout.index, layout.index.numel()
-    if index.device != device and torch.equal(index.flatten().cpu(), torch.arange(number, dtype=index.dtype)):
-        return torch.arange(number, dtype=torch.int32, device=device).view(index.shape)
+    index = layout.index
+    assert layout.ids is not None
+    shape = layout.ids.shape[:2]
+    usual = (index.shape[1] // max(1, shape[1])) if shape[0] == index.shape[0] else 0
+    if index.device.type == "cpu" and device.type != "cpu" and usual and torch.equal(index, index_of(shape, usual)):
+        made = torch.arange(shape.numel(), dtype=torch.int32, device=device).view(shape)
+        return made.repeat_interleave(usual, 1).contiguous()
     return index.to(device).contiguous()
 
 
@@ -206,13 +211,8 @@ def packs(layout: TileLayout, group: int) -> int:
     if bm >= 16 or group == 1:
         return 1
     most = max(n for n in range(1, group + 1) if group % n == 0 and n * bm <= 128)
-    index = layout.index
-    if index.shape[1] == 1:
-        return most
-    if layout.ids is not None:
-        return 1  # whether rows agree within a group is known on the device only
-    same = index.reshape(index.shape[0], -1, group)
-    return _kept(layout, ("packs", group), lambda: most if bool((same == same[..., :1]).all()) else 1)
+    heads = layout.index.shape[1]
+    return most if heads == 1 else _kept(layout, ("packs", group), lambda: most if same(layout, group) else 1)
 
 
 def work_of(
@@ -270,7 +270,9 @@ def _counted(layout: TileLayout, packs: int, batch: int, device: torch.device, k
     n_rows = layout.grid[1 if keys else 0]
     if keys or layout.ids_count is None:
         return torch.arange(batch * packs * n_rows, dtype=torch.int32, device=device)
-    counts = layout.ids_count[:, :: max(1, layout.ids_count.shape[1] // packs)]
+    counts = layout.ids_count
+    lists = counts.shape[1]  # each for some packs, or several of them to a pack
+    counts = counts[:, :: lists // packs] if lists > packs else counts.repeat_interleave(packs // lists, 1)
     spread = counts.expand(batch, packs, n_rows).flatten()
     return spread.argsort(descending=True, stable=True).to(torch.int32)
 

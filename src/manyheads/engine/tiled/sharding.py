@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ...common.errors import UnsupportedError
 from ...mask.base import Mask
 from ...mask.layout import TileLayout
 from .. import sharding as shared
@@ -120,6 +121,8 @@ def _mask_part(text: str, data: Sequence[Tensor], plan: Plan) -> tuple[str, Sequ
     """The mask or layout of this rank's batch entries and heads, as text and tensors."""
     if not plan.divided:
         return text, data
+    if text.startswith("ids("):
+        raise UnsupportedError("a layout of ids chosen under torch.compile cannot be divided; choose outside of it")
     value = operator.mask_value(text, data)
     parts = _parts.setdefault(value, {})
     where = (plan.batch, plan.heads)
@@ -149,11 +152,12 @@ def _cut_layout(layout: TileLayout, plan: Plan) -> TileLayout:
     index = layout.index[cuts[0], cuts[1]].contiguous()
     fields: dict[str, Any] = {}
     if layout.ids is not None:
-        # in this storage the index counts the rows of ids
+        # in this storage the index counts the rows of ids, which several query heads may share
+        group = layout.index.shape[HEADS] // layout.ids.shape[HEADS]
         index = torch.arange(index.numel(), dtype=index.dtype, device=index.device).view(index.shape)
         for name in ("ids", "ids_count", "ids_mask"):
             t = getattr(layout, name)
-            fields[name] = None if t is None else t[cuts[0], cuts[1]].contiguous()
+            fields[name] = None if t is None else t.repeat_interleave(group, 1)[cuts[0], cuts[1]].contiguous()
     for name in ("q_pos", "k_pos"):
         t = getattr(layout, name)
         fields[name] = t if t is None or t.dim() == 1 else t[batch].contiguous()

@@ -2,6 +2,34 @@
 
 from __future__ import annotations
 
+from .dsa import dsa
+from .hisa import HISA, hisa
+from .misa import MISA, misa
+from .msa import MSAConfig, Trained, msa, train_msa
 from .neighborhood import neighborhood_attention
+from .neighborhood_parts import neighborhood_average, neighborhood_scores
+from .neighborhood_tokens import permute_tokens, unpermute_tokens
+from .nsa import Compression, NSAConfig, compress, nsa
+from .pooled import pooled_topk
 
-__all__ = ["neighborhood_attention"]
+__all__ = [
+    "Compression",
+    "HISA",
+    "MISA",
+    "MSAConfig",
+    "NSAConfig",
+    "Trained",
+    "compress",
+    "dsa",
+    "hisa",
+    "misa",
+    "msa",
+    "neighborhood_attention",
+    "neighborhood_average",
+    "neighborhood_scores",
+    "nsa",
+    "permute_tokens",
+    "pooled_topk",
+    "train_msa",
+    "unpermute_tokens",
+]

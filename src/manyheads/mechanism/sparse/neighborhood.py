@@ -11,13 +11,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.attention import attention
+from manyheads.common import checks
 from manyheads.common.tracing import constant
+from manyheads.engine.merge import merge
 from manyheads.engine.result import Attn
-from manyheads.mask import Mask, Neighborhood
+from manyheads.engine.tiled import tiled
+from manyheads.mask import Mask, Neighborhood, grid_permutation
 from manyheads.mechanism import exact
 from manyheads.spec import Case, Size, Spec, qkv
 
 PerAxis = int | Sequence[int]
+Extra = tuple[Float[Tensor, "B Hkv E D"], Float[Tensor, "B Hkv E Dv"]]
 
 
 def neighborhood_attention(
@@ -30,6 +34,7 @@ def neighborhood_attention(
     stride: PerAxis = 1,
     dilation: PerAxis = 1,
     causal: bool | Sequence[bool] = False,
+    extra: Extra | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -51,6 +56,8 @@ def neighborhood_attention(
         stride: So many neighbouring queries share one window; 1 for one window each, the window for blocks.
         dilation: Distance between neighbouring keys of a window.
         causal: Whether a query sees only itself and what lies before it, along every axis or each.
+        extra: Keys ``(B, Hkv, E, D)`` and values ``(B, Hkv, E, Dv)`` that every query sees too, such as the tokens of
+            a text beside an image. They are attended to apart and merged by lse, exactly, gradients included.
         scale: Multiplies the scores; default D ** -0.5.
         return_lse: Whether to return the logarithm of the normaliser too.
         backend: As in :func:`manyheads.attention`.
@@ -59,12 +66,21 @@ def neighborhood_attention(
         (B, Hq, N, Dv), or :class:`manyheads.Attn` with lse (B, Hq, N).
 
     Raises:
-        ValueError: A shape that does not make N tokens, or windows, strides, dilations out of range.
+        ValueError: A shape that does not make N tokens; a window below 2, a stride above the window, a window times
+            its dilation above the axis; extra keys that do not fit.
+        TypeError: Numbers that are no integers.
         UnsupportedError: Queries and keys of different lengths.
 
+    Conventions:
+        A stride of the window is attention in blocks, a window of the whole grid is plain attention and computed as
+        such. On a CPU queries are computed in boxes of the grid; on a GPU tokens are put in the order of boxes first.
+        Grids of several sizes are one call each: a batch holds one shape. For a relative position bias see
+        :func:`neighborhood_scores`.
+
     Source:
-        Hassani et al., Neighborhood Attention Transformer, arXiv 2204.07143; strides after Hassani et al.,
-        Generalized Neighborhood Attention, arXiv 2504.16922, section 3.
+        Hassani et al., Neighborhood Attention Transformer, arXiv 2204.07143; Hassani et al., Faster Neighborhood
+        Attention, arXiv 2403.04690; strides after Hassani et al., Generalized Neighborhood Attention, arXiv
+        2504.16922, section 3.
 
     Example:
         >>> q = k = v = torch.ones(1, 2, 6 * 5, 8)
@@ -72,12 +88,17 @@ def neighborhood_attention(
         >>> result.lse.exp().round().unique()        # keys seen, corners included
         tensor([9.])
     """
+    mask = grid_mask(q, shape, window, stride, dilation, causal)
     axes = causal if isinstance(causal, Sequence) else (causal,)
-    SPEC.check(q, k, v, causal=all(axes), lse=return_lse)
-    if math.prod(shape) != q.shape[2]:
-        raise ValueError(f"shape: expected a grid of N={q.shape[2]} tokens, got {tuple(shape)}")
-    mask = _mask(shape, window, stride, dilation, causal)
-    return attention(q, k, v, mask=mask, scale=scale, return_lse=return_lse, backend=backend)
+    SPEC.check(q, k, v, causal=all(axes) and extra is None, lse=return_lse)
+    if extra is None:
+        return _near(q, k, v, mask, scale, return_lse, backend)
+    _check_extra(extra, k, v)
+    near = _near(q, k, v, mask, scale, True, backend)
+    far = attention(q, *extra, scale=scale, return_lse=True, backend=backend)
+    assert isinstance(near, Attn)
+    both = merge(near, far)
+    return both if return_lse else both.out
 
 
 def reference(
@@ -90,6 +111,7 @@ def reference(
     stride: PerAxis = 1,
     dilation: PerAxis = 1,
     causal: bool | Sequence[bool] = False,
+    extra: Extra | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Float[Tensor, "B Hq N Dv"] | Attn:
@@ -100,7 +122,36 @@ def reference(
 
     options = zip(shape, *map(per_axis, (window, stride, dilation, causal)), strict=True)
     visible = functools.reduce(torch.kron, (_axis(*one).to(torch.uint8) for one in options)).bool()
+    if extra is not None:
+        k, v = (torch.cat((t, more), dim=2) for t, more in zip((k, v), extra, strict=True))
+        visible = torch.cat((visible, visible.new_ones(len(visible), extra[0].shape[2])), dim=1)
     return exact.reference(q, k, v, mask=visible[None, None], scale=scale, return_lse=return_lse)
+
+
+def grid_mask(
+    q: Float[Tensor, "B Hq N D"],
+    shape: Sequence[int],
+    window: PerAxis,
+    stride: PerAxis = 1,
+    dilation: PerAxis = 1,
+    causal: bool | Sequence[bool] = False,
+) -> Neighborhood:
+    """The mask of a call, checked against its tokens; a constant to a compiler.
+
+    Args:
+        q: Its tokens are the cells of the grid.
+        shape, window, stride, dilation, causal: As for :func:`neighborhood_attention`.
+
+    Raises:
+        ValueError: A shape that does not make N tokens, or windows, strides, dilations out of range.
+
+    Example:
+        >>> grid_mask(torch.ones(1, 1, 12, 8), (3, 4), 3)
+        neighborhood((3, 4), (3, 3))
+    """
+    if math.prod(shape) != q.shape[2]:
+        raise ValueError(f"shape: expected a grid of N={q.shape[2]} tokens, got {tuple(shape)}")
+    return _mask(shape, window, stride, dilation, causal)
 
 
 @constant
@@ -110,8 +161,79 @@ def _mask(
     stride: PerAxis,
     dilation: PerAxis,
     causal: bool | Sequence[bool],
-) -> Mask:
+) -> Neighborhood:
     return Neighborhood(shape, window, stride=stride, dilation=dilation, causal=causal)
+
+
+def _near(
+    q: Tensor, k: Tensor, v: Tensor, mask: Neighborhood, scale: float | None, return_lse: bool, backend: str
+) -> Tensor | Attn:
+    simple: Mask | str | None = mask
+    if mask.window == mask.grid and not any(mask.causal):
+        simple = None
+    elif mask.window == mask.grid and len(mask.grid) == 1:
+        simple = "causal"
+    elif q.device.type == "cuda" and backend in ("auto", "triton") and len(mask.grid) > 1:
+        return in_order_of_boxes(q, k, v, mask, scale=scale, return_lse=return_lse, backend=backend)
+    return attention(q, k, v, mask=simple, scale=scale, return_lse=return_lse, backend=backend)
+
+
+def in_order_of_boxes(
+    q: Float[Tensor, "B Hq N D"],
+    k: Float[Tensor, "B Hkv N D"],
+    v: Float[Tensor, "B Hkv N Dv"],
+    mask: Neighborhood,
+    *,
+    box: PerAxis | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "B Hq N Dv"] | Attn:
+    """The same attention with tokens put in the order of boxes, so that a tile of tokens is a box of the grid.
+
+    For an engine that visits tiles of tokens: in the usual order a tile is a piece of a line, which sees far more
+    keys that its neighbours do not.
+
+    Args:
+        q, k, v: As for :func:`neighborhood_attention`.
+        mask: The neighbourhood.
+        box: Cells of a box along each axis; 8 x 8, or 4 x 4 x 4, by default.
+        scale, return_lse, backend: As for :func:`manyheads.engine.tiled.tiled`.
+
+    Returns:
+        As :func:`neighborhood_attention`.
+
+    Example:
+        >>> q = k = v = torch.ones(1, 1, 24, 8)
+        >>> in_order_of_boxes(q, k, v, Neighborhood((4, 6), 3), box=2).shape
+        torch.Size([1, 1, 24, 8])
+    """
+    side = {1: 64, 2: 8, 3: 4}[len(mask.grid)] if box is None else box
+    order, inverse, positions = _order(mask, side, q.device)
+    q, k, v = (t.index_select(2, order) for t in (q, k, v))
+    found = tiled(q, k, v, mask, positions=positions, scale=scale, return_lse=return_lse, backend=backend)
+    if isinstance(found, Attn):
+        return Attn(*(t.index_select(2, inverse) for t in found))
+    return found.index_select(2, inverse)
+
+
+@functools.lru_cache(maxsize=32)
+def _order(mask: Neighborhood, box: PerAxis, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Order, its inverse, and the positions by which the mask knows the tokens, which stay on the host."""
+    order, inverse = (torch.from_numpy(t) for t in grid_permutation(mask.grid, box, mask.dilation))
+    return order.to(device), inverse.to(device), (order, order)
+
+
+def _check_extra(extra: Extra, k: Tensor, v: Tensor) -> None:
+    if not isinstance(extra, (tuple, list)) or len(extra) != 2:
+        raise TypeError(f"extra: expected a pair of keys and values, got {type(extra).__name__}")
+    try:
+        checks.attention_inputs(k, *extra)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"extra: as keys and values beside k {tuple(k.shape)}: {error}") from error
+    if extra[0].shape[1] != k.shape[1] or extra[1].shape[3] != v.shape[3]:
+        got = " and ".join(str(tuple(t.shape)) for t in extra)
+        raise ValueError(f"extra: expected {k.shape[1]} key heads and values of width {v.shape[3]}, got {got}")
 
 
 def _axis(length: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:

@@ -6,7 +6,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const ROWS = DATA.rows.map((row, index) => ({ index, row, name: DATA.names[index] }));
 const NARROW = matchMedia("(max-width: 640px)").matches;
 const INTEGERS = new Set(["length", "rounds", "unique_tiles", "pairs", "flops", "seed", "threads", "parameters", "steps"]);
-const SHARES = new Set(["of_matrix_rate", "of_copy_rate", "of_exp_rate", "density", "area", "waste"]);
+const SHARES = new Set(["of_matrix_rate", "of_copy_rate", "of_exp_rate", "density", "area", "waste", "mass", "recall", "selection"]);
 
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "";

@@ -99,6 +99,7 @@ function hover({ row, name }) {
   if (row.ratio !== undefined && row.baseline !== row.provider) lines.push(`${number(row.ratio)}× ${plain(row.baseline)}`);
   if (row.rate !== undefined) lines.push(`${number(row.rate)} ${plain(row.rate_unit || "/s")}`);
   if (row.overhead_us !== undefined) lines.push(`${shown("overhead_us", row.overhead_us)} us above the bare call`);
+  if (row.speed !== undefined) lines.push(`${plain(row.setting || "")}: ${number(row.speed)}× dense, keeps ${percent(row.area)} of the pairs, ${percent(row.mass)} of the weight`);
   if (row.score !== undefined) lines.push(`${number(row.score)} ${plain(row.score_unit)}, seed ${row.seed}`);
   if (row.peak_mib !== undefined) lines.push(`${number(row.peak_mib)} MiB`);
   if (row.error !== undefined) lines.push(`error ${number(row.error)}, gate ${row.gate}`);

@@ -415,6 +415,7 @@ function drawPlots() {
   drawLengths();
   drawErrors();
   drawLimits();
+  drawPlane();
   drawMore();
   drawQuality();
 }

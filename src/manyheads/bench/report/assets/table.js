@@ -48,6 +48,10 @@ const LABELS = {
   peak_mib: "MiB",
   length: "tokens",
   overhead_us: "overhead, us",
+  mass: "weight kept",
+  recall: "top keys kept",
+  selection: "choosing",
+  speed: "over dense",
 };
 
 const present = Object.keys(DATA.fields).filter((field) => ROWS.some(({ row }) => row[field] !== undefined));
