@@ -133,9 +133,9 @@ def values(decay: Tensor | None, beta: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if decay is not None and decay.device.type == "cpu" and decay.numel() and bool((high := decay.amax()) > 0):
-        raise ValueError(f"decay: log decays are at most 0, got {float(high):.4g}")
+    if decay is not None and decay.device.type == "cpu" and decay.numel() and (high := decay.amax().item()) > 0:
+        raise ValueError(f"decay: log decays are at most 0, got {high:.4g}")
     if beta is not None and beta.device.type == "cpu" and beta.numel():
-        low, high = torch.aminmax(beta)
-        if bool(low < 0) or bool(high > 2):
-            raise ValueError(f"beta: expected values in [0, 2], got {float(low):.4g} to {float(high):.4g}")
+        low, high = (t.item() for t in torch.aminmax(beta))
+        if low < 0 or high > 2:
+            raise ValueError(f"beta: expected values in [0, 2], got {low:.4g} to {high:.4g}")

@@ -55,7 +55,7 @@ def step(
             raise ValueError(f"{name}: expected 3 dimensions (B, H, D) of one token, got shape {tuple(t.shape)}")
     kind = check.normaliser(normalise)
     decay_n = decay.unsqueeze(2) if decay is not None and decay.dim() in (2, 3) else decay
-    beta_n, gate_n = (None if t is None else t.unsqueeze(2) for t in (beta, gate))
+    beta_n, gate_n = None if beta is None else beta.unsqueeze(2), None if gate is None else gate.unsqueeze(2)
     check.inputs(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), decay_n, beta_n, gate_n, kind, scale)
     acc, group = accumulate(q.dtype), q.shape[1] // k.shape[1]
     total, m = check.packed_state(state, q, v, kind, gate is not None)
@@ -69,9 +69,9 @@ def step(
         values = with_ones(values)
     if group > 1:
         keys, values = (t.repeat_interleave(group, 1) for t in (keys, values))
-    decay, beta, gate = (t if t is None or t.dtype == acc else t.to(acc) for t in (decay, beta, gate))
+    decay, beta, gate = [t if t is None or t.dtype == acc else t.to(acc) for t in (decay, beta, gate)]
     out, total, m = advance(total, m, q, keys, values, decay, beta, gate, kind)
-    return out.to(v.dtype), unpacked(total, m, kind)
+    return out if out.dtype == v.dtype else out.to(v.dtype), unpacked(total, m, kind)
 
 
 def advance(
@@ -95,20 +95,19 @@ def advance(
         beta, gate: ``(B, H)`` or None.
         normalise: One of ``NORMALISERS``.
     """
-    log = torch.zeros((), dtype=q.dtype, device=q.device) if decay is None else decay
     if gate is None:
         if decay is not None:
-            keep = log.exp()
-            keep = keep.unsqueeze(-1)
+            keep = decay.exp().unsqueeze(-1)
             state = (keep if keep.dim() == 4 else keep.unsqueeze(-1)) * state
     else:
         assert m is not None
+        log = torch.zeros((), dtype=q.dtype, device=q.device) if decay is None else decay
         new = torch.maximum(log + m, gate).detach()
         state = (log + m - finite(new)).exp()[..., None, None] * state
         k = (gate - finite(new)).exp()[..., None] * k
         m = new
     if beta is not None:
         v = beta[..., None] * (v - (k[..., None, :] @ state)[..., 0, :])
-    state = state + k.unsqueeze(-1) * v.unsqueeze(-2)
+    state = torch.addcmul(state, k.unsqueeze(-1), v.unsqueeze(-2))
     total = torch.matmul(q.unsqueeze(-2), state).squeeze(-2)
     return divide(total, normalise, None if m is None else finite(m)), state, m
