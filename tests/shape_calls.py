@@ -82,6 +82,8 @@ def typical():
                 options = case.options | ({"return_lse": True} if spec.declares("lse") else {})
                 yield f"{slug} {what}", functools.partial(spec.fn, *case[:3], **options)
                 yield f"{slug} {what} by its reference", functools.partial(spec.reference, *case[:3], **options)
+                if spec.selection is not None:
+                    yield f"{slug} {what}, its choice", functools.partial(spec.selection, *case[:3], **case.options)
         if spec.step is not None:
             yield f"{slug} step", functools.partial(stepped, spec, spec.inputs(Size(heads=6, causal=True)))
     q, k, v = testing.sample_qkv(2, 6, 5, kv_heads=2, keys=9, value_width=4, seed=0)
@@ -101,7 +103,13 @@ def typical():
     yield "transformers", functools.partial(attention_function, torch.nn.Module(), q, k, v, None)
     yield from features()
     yield from gated()
+    yield from chosen()
     yield "slope", functools.partial(interpolate, q, k, v, torch.zeros(2, 6, q.shape[3], v.shape[3]), mask="causal")
+    from manyheads.engine.gather import gather
+
+    for heads in (1, 2, 6):
+        ids = torch.full((1, heads, 5, 3), 8, dtype=torch.int32)
+        yield "gather", functools.partial(gather, q, k, v, ids, sink=sink, return_lse=heads == 1)
     yield "ridge", functools.partial(ridge_regression, *testing.sample_qkv(2, 6, 5, kv_heads=2, keys=9), ridge=1.0)
 
 
@@ -138,6 +146,22 @@ def gated():
     yield "channels", functools.partial(split_channels, x, 2)
 
 
+def chosen():
+    """Calls of what mechanisms that choose blocks share, and of how they learn."""
+    from manyheads import Causal, Document
+    from manyheads.mechanism.sparse import train_msa
+    from manyheads.spec import Size, find
+
+    case = find("msa").inputs(Size(heads=6, kv_heads=2, causal=True))
+    for warm in (False, True):
+        yield "training step", functools.partial(train_msa, *case[:3], **case.options, warm=warm)
+    for slug, spec in (("msa", find("msa")), ("fsa", find("fsa"))):
+        packed = spec.inputs(Size(batch=1, queries=30, causal=True))
+        options = packed.options | {"mask": Document([11, 19]) & Causal()}
+        yield f"{slug}, documents", functools.partial(spec.fn, *packed[:3], **options)
+        yield f"{slug}, its choice in documents", functools.partial(spec.selection, *packed[:3], **options)
+
+
 def stepped(spec, case):
     """Takes the first two tokens of a call one after the other."""
     from tests.conformance.harness import step
@@ -151,6 +175,7 @@ def wrong():
     import manyheads as mh
     from manyheads import testing
     from manyheads.common.rope import RoPE
+    from manyheads.engine.gather import gather
     from manyheads.engine.tiled import tiled
     from manyheads.mechanism.sparse import neighborhood_attention
 
@@ -177,6 +202,8 @@ def wrong():
             yield name, function, args, options | more
         if name != "v":
             yield name, mh.attention_weights, args[:2], options
+    for ids in (torch.zeros(1, 2, 4, 3, dtype=torch.int64), torch.zeros(1, 2, 5, 3), torch.zeros(2, 5, 3).long()):
+        yield "ids", gather, (q, k, v, ids), {}
     part = mh.attention(q, k, v, return_lse=True)
     yield "merge", mh.merge, ((part.out, part.lse[:1]),), {}
     yield "merge", mh.merge, (part, (part.out[:1], part.lse[:1])), {}

@@ -15,9 +15,10 @@ from .common import checks, scopes
 from .common.errors import UnsupportedError, unknown
 from .common.tracing import constant
 from .engine.result import Attn
-from .engine.tiled import Bias, Term, boxing, flash, launch, products, sharding
+from .engine.tiled import Bias, Term, boxing, flash, launch, order, products, sharding
 from .engine.tiled.op import call_plain, layout_for
 from .mask import Causal, Full, Mask, as_mask, parse
+from .mask.layout import TileLayout
 from .mask.show import later_warning
 
 BACKENDS = ("sdpa", "triton", "blocked", "reference")
@@ -74,7 +75,7 @@ def explain(
     k: Float[Tensor, "B Hkv Nk D"],
     v: Float[Tensor, "B Hkv Nk Dv"],
     *,
-    mask: Mask | str | Tensor | None = None,
+    mask: Mask | TileLayout | str | Tensor | None = None,
     scale: float | None = None,
     bias: Bias | Term | None = None,
     softcap: float | None = None,
@@ -89,7 +90,7 @@ def explain(
 
     Args:
         q, k, v, mask, scale, bias, softcap, sink, dropout_p, positions, key_padding, return_lse, backend: As for
-            :func:`attention`.
+            :func:`attention`. ``mask`` may also be a layout, as the engine ``tiled`` takes it.
 
     Returns:
         An :class:`Explanation`; print it.
@@ -109,7 +110,11 @@ def explain(
             q, k, v, mask=mask, scale=scale, bias=bias, softcap=softcap, sink=sink, dropout_p=dropout_p,
             positions=positions, key_padding=key_padding, return_lse=return_lse, backend=backend,
         )  # fmt: skip
+    layout = mask if isinstance(mask, TileLayout) else None
+    mask = Full() if isinstance(mask, TileLayout) else mask
     call = checked(q, k, v, mask, scale, bias, softcap, sink, dropout_p, positions, key_padding, return_lse)
+    if layout is not None:
+        return _of_layout(call, layout, backend, not (call.terms or softcap or dropout_p))
     taken = choose(call, backend)
     refusals = {name: _refusals(name, call) for name in BACKENDS}
     if taken in ("blocked", "triton") and not refusals["sdpa"]:
@@ -136,6 +141,21 @@ def explain(
     surprise = later_warning(call.mask, q.shape[2], k.shape[2], positions=positions)
     notes.extend([] if surprise is None else [surprise])
     return Explanation(taken, refusals, tuple(notes))
+
+
+def _of_layout(call: Call, layout: TileLayout, backend: str, plain: bool) -> Explanation:
+    """How the engine runs a layout: the backend, and which loop is the outer one."""
+    refusals = {name: _refusals(name, call) for name in BACKENDS}
+    refusals["sdpa"] = ["a layout is taken by the engine alone"]
+    able = [name for name in BACKENDS if not refusals[name]]
+    if backend not in ("auto", *BACKENDS):
+        raise unknown("backend", backend, ["auto", *BACKENDS])
+    if backend not in ("auto", *able):
+        raise UnsupportedError(f"backend {backend!r} cannot take this call: " + "; ".join(refusals[backend]))
+    default = "triton" if call.q.device.type != "cpu" and "triton" in able else "blocked"
+    taken = default if backend == "auto" else backend
+    note = order.describe(layout, taken, call.q.shape[1], call.k.shape[1], plain)
+    return Explanation(taken, refusals, (note,))
 
 
 def checked(

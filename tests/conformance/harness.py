@@ -141,7 +141,7 @@ def results(fn: Any, spec: Spec, case: Case, *, lse: bool = True) -> dict[str, T
         for value in out.values():
             weight = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
             loss = loss + (value.double().masked_fill(value.isinf(), 0.0) * weight).sum()
-        found = torch.autograd.grad(loss, list(leaves.values()))
+        found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         out |= {f"grad of {name}": g for name, g in zip(leaves, found, strict=True)}
     return out
 

@@ -15,6 +15,7 @@ import torch
 from torch import multiprocessing
 
 import manyheads as mh
+from manyheads.engine.gather import gather
 from manyheads.engine.scan import State, scan
 from manyheads.mask import PerBatch
 
@@ -325,6 +326,45 @@ def _recurrences_refuse_shards_of_tokens_and_communicate_nothing_else(ranks):
     with CommDebugMode() as seen:
         torch.autograd.grad(scan(*leaves), leaves, dout)
     assert seen.get_total_counts() == 0, seen.get_comm_counts()
+
+
+@case
+def _lists_of_ids_for_all_for_key_heads_and_for_query_heads(ranks):
+    from torch.distributed.tensor import Replicate, Shard
+
+    b, h, r = Shard(0), Shard(1), Replicate()
+    calls = [(ranks.line, (b,)), (ranks.line, (h,)), (ranks.square, (b, h)), (ranks.square, (h, r))]
+    for mesh, placed in calls:
+        for batch, heads, kv_heads in ((1, 1, HKV), (B, HKV, HKV), (1, H, HKV), (B, 1, 1), (B, H, 2)):
+            lists(ranks, mesh, placed, batch, heads, kv_heads)
+    with pytest.raises(mh.UnsupportedError, match="q: mesh dimension 'line' shards its tokens"):
+        q, k, v = (split(t, ranks.line, [Shard(2)]) for t in ranks.qkv())
+        gather(q, k, v, torch.zeros(1, 1, N, 2, dtype=torch.int64))
+
+
+def lists(ranks, mesh, placed, batch, heads, kv_heads):
+    """A sharded call over lists of ids is the whole one; keys whose heads are too few for the ranks are replicated."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    whole, sink, dout = ranks.qkv(kv_heads), ranks.draw(H), ranks.draw(B, H, N, D + 2)
+    ids = torch.randint(-1, NK, (batch, heads, N, 5), generator=ranks.generator)
+    few = any(p.is_shard(1) for p in placed) and kv_heads % mesh.size()
+    keys = tuple(Replicate() if few and p.is_shard(1) else p for p in placed)
+    own = [Replicate()] * mesh.ndim
+
+    def run(place, ids):
+        leaves = [place(t, p) for t, p in zip((*whole, sink), (placed, keys, keys, own), strict=True)]
+        out, lse = gather(*leaves[:3], ids, sink=leaves[3], return_lse=True)
+        loss = (out * place(dout, placed)).sum() + lse.square().sum()
+        return leaves, [out, lse, *torch.autograd.grad(loss, leaves)]
+
+    _, want = run(lambda t, p: t.clone().requires_grad_(), ids)
+    for given in (ids, distribute_tensor(ids, mesh, own)):
+        leaves, got = run(lambda t, p: split(t, mesh, p), given)
+        for leaf, grad in zip(leaves, got[2:], strict=True):
+            assert leaf.placements == grad.placements
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g.full_tensor(), w, rtol=1e-10, atol=1e-10)
 
 
 @case

@@ -13,8 +13,10 @@ import torch
 
 from manyheads.cli import main
 from manyheads.engine import configs
+from manyheads.engine.gather import launch as of_lists_launch
 from manyheads.engine.tiled import tiled
 from manyheads.lab import gate, resources, search
+from manyheads.lab import gather as of_lists
 from manyheads.lab import scan as of_recurrences
 from manyheads.lab import tiled as described
 from manyheads.lab.aot import Compiled
@@ -50,7 +52,9 @@ def test_nothing_in_the_table_spills_on_90_at_a_shipped_configuration():
     shipped = [n for n in resources.read() if n.target == "sm_90"]
     assert {(n.kernel, n.width) for n in shipped} >= {
         (f"{engine}.{kernel}", width)
-        for engine, some in (("tiled", described.NAMES), ("scan", ("carry", "mix")))
+        for engine, some in (
+            ("tiled", described.NAMES), ("scan", ("carry", "mix")), ("gather", of_lists_launch.KERNELS)
+        )
         for kernel in some
         for width in configs.WIDTHS
     }
@@ -180,6 +184,33 @@ def test_the_gate_compiles_the_arguments_that_the_launcher_of_recurrences_gives(
             assert pointers == set(described_kernel.pointers)
             assert all(arguments[n].dtype == torch.float32 for n in pointers)
             assert all(isinstance(arguments[n], float) for n in described_kernel.floats)
+
+
+@needs_triton
+def test_the_gate_compiles_the_arguments_that_the_launcher_of_lists_gives(device, monkeypatch):
+    from manyheads.engine.gather import gather
+
+    if device != "cpu":
+        pytest.skip("reads arguments on their way into the interpreter")
+    seen = []
+    original = of_lists_launch.launch
+    monkeypatch.setattr(of_lists_launch, "launch", lambda *call: [seen.append(call), original(*call)][1])
+    q, k, v = (t.half().requires_grad_() for t in sample_qkv(1, 2, 5, width=16, keys=9))
+    ids, sink = torch.randint(9, (1, 1, 5, 3)), torch.zeros(2, requires_grad=True)
+    gather(q, k, v, ids, sink=sink, backend="triton").sum().backward()
+    assert [kernel.fn.__name__ for kernel, *_ in seen] == ["listed", "listed_rows", "listed_rows", "listed_keys"]
+    types = {torch.float32: "fp32", torch.int32: "i32", torch.float16: "data"}
+    for kernel, _, arguments, config in seen:
+        name = kernel.fn.__name__
+        described_kernel = kernels()[f"gather.{name}"]
+        names = inspect.signature(kernel.fn).parameters
+        fixed = of_lists.constants(name, 64, "plain", config)
+        assert set(fixed) == {n for n, p in names.items() if "constexpr" in str(p.annotation)}
+        pointers = {n: arguments[n] for n in names if isinstance(arguments[n], torch.Tensor)}
+        assert set(pointers) == set(described_kernel.pointers)
+        for n, t in pointers.items():  # what is switched off points at one float
+            assert t.numel() == 1 or types[t.dtype] == described_kernel.pointers[n], (name, n)
+        assert all(isinstance(arguments[n], float) for n in described_kernel.floats)
 
 
 def test_configurations_are_written_for_every_row_and_read_back():

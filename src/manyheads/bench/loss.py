@@ -28,7 +28,7 @@ TOP = 64
 _CELLS = 1 << 22  # scores held at once in float64: 32 MiB
 
 Chosen = TileLayout | Tensor
-"""What a selection gives: tiles, or token ids ``(B|1, 1|Hkv|Hq, Nq, K)`` with -1 for none."""
+"""What a selection gives: tiles; token ids ``(B|1, 1|Hkv|Hq, Nq, K)``, -1 for none; or bool pairs ``(..., Nq, Nk)``."""
 
 
 class Lost(NamedTuple):
@@ -96,8 +96,8 @@ def lost(
         v: (B, Hkv, Nk, Dv).
         options: Keyword arguments of the mechanism. ``scale`` also holds for dense attention.
         selection: From the same arguments to what is visited: a :class:`TileLayout`, or token ids
-            (B|1, 1|Hkv|Hq, Nq, K) padded with -1, or one of them with the order of the keys (B, Hkv or Hq, Nk) that its
-            columns stand for. By default the mechanism's own.
+            (B|1, 1|Hkv|Hq, Nq, K) padded with -1, bool pairs (B|1, 1|Hkv|Hq, Nq, Nk), or one of them with the order of
+            the keys (B, Hkv or Hq, Nk) that its columns stand for. By default the mechanism's own.
         mask: What dense attention sees, and what the mechanism is given where it takes a mask.
         top: Keys of a row that count as its top ones.
         rows: Query rows to judge, drawn by ``seed``, the last one included; None for all.
@@ -179,7 +179,7 @@ def counts(chosen: Chosen, dense: Mask, q: Tensor, k: Tensor) -> dict[str, Any]:
         pairs, tiles = chosen.pairs * each, chosen.visited * each
         return {"pairs": pairs, "area": pairs / whole.pairs, "tiles": tiles, "density": tiles / whole.visited}
     each = batch * heads // (chosen.shape[0] * chosen.shape[1])
-    pairs = int((chosen >= 0).sum()) * each
+    pairs = int((chosen if chosen.dtype == torch.bool else chosen >= 0).sum()) * each
     return {"pairs": pairs, "area": pairs / whole.pairs, "tiles": None, "density": None}
 
 
@@ -205,7 +205,10 @@ def seen(chosen: Chosen, b: int, h: int, rows: Tensor, keys: int, heads: int) ->
     rows = rows.cpu()
     if isinstance(chosen, Tensor):
         own = chosen[b if chosen.shape[0] > 1 else 0, h * chosen.shape[1] // heads]
-        ids = own[rows.to(own.device)].cpu().long()
+        ids = own[rows.to(own.device)].cpu()
+        if ids.dtype == torch.bool:
+            return ids
+        ids = ids.long()
         found = torch.zeros(len(rows), keys + 1, dtype=torch.bool)
         found.scatter_(1, torch.where(ids < 0, keys, ids), True)  # padding goes to a column that is cut off
         return found[:, :keys]

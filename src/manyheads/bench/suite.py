@@ -16,7 +16,7 @@ from manyheads.bench.limits import Limits
 from manyheads.bench.row import CACHES, Row
 from manyheads.common.errors import unknown
 
-MODULES = ("masks", "layouts", "overhead", "packing", "linear", "parallel", "targets", "quality")
+MODULES = ("masks", "layouts", "overhead", "packing", "linear", "sparse", "parallel", "targets", "quality")
 """Suites that come with the library, in the order in which they run; each is ``bench/suites/<name>.py``."""
 
 ASIDE = ("quality",)
@@ -184,7 +184,7 @@ def load(name: str) -> Suite:
         >>> load("maks")
         Traceback (most recent call last):
         ValueError: unknown suite 'maks': did you mean 'masks'? known: layouts, linear, masks, overhead, packing,
-            parallel, quality, targets
+            parallel, quality, sparse, targets
     """
     if name not in MODULES:
         raise unknown("suite", name, MODULES)

@@ -340,6 +340,27 @@ def tiles(
 
 
 @simulate.command()
+def neighborhood(
+    shape: Annotated[str, typer.Argument(help="Tokens along each axis, as 30x48x80.")],
+    window: Annotated[str, typer.Option(help="Keys of a window along each axis; one number for all.")],
+    stride: Annotated[list[str] | None, typer.Option(help="Queries that share a window; may be repeated.")] = None,
+    dilation: Annotated[str, typer.Option(help="Distance of neighbours along each axis.")] = "1",
+    causal: Annotated[str, typer.Option(help="Axes without later keys, as 1x0x0.")] = "0",
+    q_tile: Annotated[str | None, typer.Option(help="Queries of a tile; the usual ones by default.")] = None,
+    kv_tile: Annotated[str | None, typer.Option(help="Keys of a tile.")] = None,
+    flat: Annotated[str | None, typer.Option(help="Compare with tiles of the flattened grid, as 128x64.")] = None,
+    goal: Annotated[float | None, typer.Option(help="Share of the ideal that a stride shall reach.")] = None,
+    here: Annotated[bool, typer.Option("--here", help="Predict the time on this machine.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> int:
+    """Count the tiles of windows on a grid, and find the stride that suits them."""
+    from manyheads.cli import neighborhood as command
+
+    asked = (shape, window, tuple(stride or ()), dilation, causal, q_tile, kv_tile, flat, goal, here, json)
+    return command.run(command.Request(*asked))
+
+
+@simulate.command()
 def cluster(
     mask: Annotated[str, typer.Argument(help="A static mask by name, or any mask as text.")] = "causal_document",
     ranks: Annotated[list[int] | None, typer.Option(help="Devices, 64 by default; may be repeated.")] = None,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from manyheads.bench import device as devices
 from manyheads.bench.timing import interleave
-from manyheads.cli import measure_scan
+from manyheads.cli import measure_gather, measure_scan
 from manyheads.engine import configs
 from manyheads.engine.configs import Config
+from manyheads.engine.gather.launch import KERNELS as LISTED
 from manyheads.engine.tiled import ALiBi, Bias, Pair, Term, tiled
 from manyheads.engine.tiled import configs as tiled_configs
 from manyheads.lab.search import Place
@@ -68,7 +69,8 @@ class Gpu:
                 if place.kernel in tiled_configs.KERNELS:
                     _agrees(place, self.device)
                 else:
-                    measure_scan.agrees(place, self.device, _DTYPES[place.itemsize])
+                    other = measure_gather if place.kernel in LISTED else measure_scan
+                    other.agrees(place, self.device, _DTYPES[place.itemsize])
         except AssertionError as error:
             return f"wrong: {error}"
         except Exception as error:  # a launch fails in many ways, and none of them may end the run
@@ -93,13 +95,15 @@ class Gpu:
 
     def _problem(self, place: Place) -> Callable[[], object]:
         ours = place.kernel in tiled_configs.KERNELS
-        key = (ours, place.kernel == "forward", place.width, place.itemsize, place.kind)
+        key = (ours, place.kernel in ("forward", "listed"), place.width, place.itemsize, place.kind)
         if key not in self._problems:
             self._problems.clear()  # one at a time: each holds gigabytes
             tokens = self.tokens if place.itemsize == 2 and place.kind != "heavy" else max(self.tokens // 4, 256)
             heads = max(1, self.programs * 128 // max(place.width, 64) // 2)
             if ours:
                 self._problems[key] = _call(place, self.device, (2, heads, heads), (tokens, tokens))
+            elif place.kernel in LISTED:
+                self._problems[key] = measure_gather.problem(place, tokens, _DTYPES[place.itemsize], self.device)
             else:
                 drawn = sample_qkv(2, heads, tokens, width=place.width, dtype=_DTYPES[place.itemsize], seed=7)
                 self._problems[key] = measure_scan.call(place, tuple(t.to(self.device) for t in drawn))

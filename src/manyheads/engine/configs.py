@@ -17,15 +17,22 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "keys_backward": _TILED,
     "carry": _SCAN,
     "mix": (*_SCAN, "sums"),
+    "listed": ("lists",),
+    "listed_rows": ("lists",),
+    "listed_keys": ("lists",),
+    "entries_forward": ("plain",),
+    "entries_backward": ("plain",),
 }
 """Every kernel with a row in a table, and its kinds of calls.
 
 Of ``tiled`` (``forward``, ``rows_backward``, ``keys_backward``): ``plain``: softmax over masked scores; ``general``:
 with one of a bias, cap, dropout, skipping or another weight; ``heavy``: with several of them. Of ``scan`` (``carry``,
-``mix``): outputs, gradients, and gradients together with the sums from which those of decays are made.
+``mix``): outputs, gradients, and gradients together with the sums from which those of decays are made. Of ``gather``
+(``listed``, ``listed_rows``, ``listed_keys``): one kind; of ``tiled`` by key tiles (``entries_forward``,
+``entries_backward``): ``plain``.
 """
 KERNELS = tuple(KINDS)
-FILES = ("tiled/configs.tsv", "scan/configs.tsv")
+FILES = ("tiled/configs.tsv", "tiled/entries.tsv", "scan/configs.tsv", "gather/configs.tsv")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
 VARIABLE = "MANYHEADS_CONFIGS"
@@ -42,7 +49,9 @@ class Config:
 
     Attributes:
         bm, bn: Queries and keys of a tile. Of ``carry`` the block of the state, keys' width by values' width; of
-            ``mix`` how much of the width is multiplied at once, and the columns of the result.
+            ``mix`` how much of the width is multiplied at once, and the columns of the result. Of ``listed`` and
+            ``listed_rows`` at most so many query heads, and ids; of ``listed_keys`` query rows (``bn`` is not used). Of
+            ``entries_forward`` and ``entries_backward`` rows (heads of queries) and, at most, keys.
         warps: Warps of a program.
         stages: Depth of the software pipeline.
         exp: Which ``2 ** x``: 0 the special-function unit, 1 the polynomial, 4 the polynomial for one in four.
@@ -81,7 +90,7 @@ def table(path: str | None = None) -> Mapping[Key, Config]:
 
     Example:
         >>> sorted({kernel for kernel, *_ in table()})
-        ['carry', 'forward', 'keys_backward', 'mix', 'rows_backward']
+        ['carry', 'entries_backward', 'entries_forward', 'forward', 'keys_backward', 'listed', ...]
     """
     if path is not None:
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from manyheads.common.errors import unknown
 
-ENGINES = {"tiled": "manyheads.lab.tiled", "scan": "manyheads.lab.scan"}
+ENGINES = {name: f"manyheads.lab.{name}" for name in ("tiled", "entries", "scan", "gather")}
 """Engines with kernels, and the module that describes them, with ``KERNELS`` and ``cases()``, for the tuner also with
 ``variants()``, ``shapes()``, ``case()``, ``cycles()`` and ``bound()``. A new engine is a line here and such a
 module."""

@@ -186,6 +186,35 @@ def _natsl(config: Config, layer: int, *, chunk: int = 64) -> nn.Module:
     return NATSL(config.width, config.heads, config=NATSConfig(chunk=chunk, split=2))
 
 
+def _nsa(
+    config: Config,
+    layer: int,
+    *,
+    kernel: int = 32,
+    stride: int = 16,
+    block: int = 64,
+    keep: int = 16,
+    first: int = 1,
+    local: int = 2,
+    window: int = 512,
+) -> nn.Module:
+    from manyheads.mechanism.sparse.nsa import NSAConfig
+    from manyheads.nn.nsa import NSA
+
+    sizes = NSAConfig(kernel, stride, block, keep, first, local, window, rope=_rope(config))
+    return NSA(config.width, config.heads, kv_heads=config.kv_heads or None, config=sizes)
+
+
+def _msa(
+    config: Config, layer: int, *, block: int = 128, keep: int = 16, first: int = 0, local: int = 1, index: int = 0
+) -> nn.Module:
+    from manyheads.mechanism.sparse.msa import MSAConfig
+    from manyheads.nn.msa import MSA
+
+    sizes = MSAConfig(block, keep, first, local)
+    return MSA(config.width, config.heads, index_dim=index or None, config=sizes, **_pairs(config))
+
+
 def _pairs(config: Config) -> dict[str, Any]:
     """What mixers that score pairs of tokens take from the network."""
     return {"kv_heads": config.kv_heads or None, "rope": _rope(config)}
@@ -208,5 +237,7 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "parallax": _parallax,
     "least-squares": _least_squares,
     "natsl": _natsl,
+    "nsa": _nsa,
+    "msa": _msa,
 }
 """Every mixer: ``(config, layer, *, options) -> module``."""

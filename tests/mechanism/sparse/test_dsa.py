@@ -47,8 +47,8 @@ def test_pieces_and_spans_change_nothing(monkeypatch):
 
 
 def test_of_equal_scores_the_earlier_token_wins():
-    index = Index(torch.ones(1, 2, 9, 1), torch.tensor([[0, 5, 1, 5, 1, 5, 1, 1, 5.0]]).mT[..., None], torch.ones(1, 2, 9))
-    index = Index(index.q, index.k.reshape(1, 9, 1), index.w)
+    keys = torch.tensor([0, 5, 1, 5, 1, 5, 1, 1, 5.0]).view(1, 9, 1)
+    index = Index(torch.ones(1, 2, 9, 1), keys, torch.ones(1, 2, 9))
     assert index_tokens(index, keep=3)[0, -1].tolist() == [1, 3, 5]
     assert index_tokens(index, keep=6)[0, -1].tolist() == [1, 2, 3, 4, 5, 8]
 

@@ -22,9 +22,9 @@ SMALL = HISA(block=8, blocks=4, flat_below=0)
 
 def test_a_short_prefix_is_taken_whole():
     index = drawn(203)
-    seen = chosen(index, 32, SMALL)
-    assert torch.equal(seen[:, :32], torch.ones(32, 203).tril().bool().expand(2, -1, -1))
-    assert (seen[:, 32:].sum(-1) == 32).all()
+    seen = chosen(index, 25, SMALL)
+    assert torch.equal(seen[:, :25], torch.ones(25, 203).tril().bool().expand(2, -1, -1))
+    assert (seen[:, 25:].sum(-1) == 25).all()
 
 
 def test_where_the_candidates_hold_the_prefix_the_choice_is_flat():
@@ -65,7 +65,7 @@ def test_blocks_of_one_token_give_the_flat_choice_up_to_the_forced_tokens():
     scores = index_scores(*index).masked_fill(torch.ones(120, 120).triu(1).bool(), -torch.inf)
     scores[..., 0] = torch.inf
     scores.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    rank = scores.argsort(-1, descending=True, stable=True).argsort(-1)
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     want = (rank < 12) & (scores > -torch.inf)
     assert torch.equal(got, want)
     flat = chosen(index, 12)
@@ -85,20 +85,25 @@ def test_the_choice_is_that_of_the_definition(config, lens):
 
 @pytest.mark.parametrize("wasted", [0, 5, 1000])
 @pytest.mark.parametrize("few", [0, 1000])
-def test_how_blocks_are_scored_together_changes_nothing(monkeypatch, wasted, few):
+@pytest.mark.parametrize("strip", [1, 100])
+def test_how_blocks_are_scored_together_changes_nothing(monkeypatch, wasted, few, strip):
     index = drawn(203, 90)
     want = chosen(index, 13, SMALL)
-    monkeypatch.setattr(hierarchical, "STEP", wasted)
-    monkeypatch.setattr(hierarchical, "FEW", few)
+    for name, value in (("STEP", wasted), ("FEW", few), ("STRIP", strip)):
+        monkeypatch.setattr(hierarchical, name, value)
     assert torch.equal(chosen(index, 13, SMALL), want)
 
 
-def test_every_wanted_block_is_scored_once_for_each_query():
-    wanted = np.random.default_rng(0).random((20, 31)) < 0.3
+@pytest.mark.parametrize("queries", [5, 20, 70])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_every_wanted_block_is_scored_once_for_each_query(queries, share):
+    wanted = np.random.default_rng(0).random((queries, 31)) < share
     scored = np.zeros(wanted.shape, dtype=int)
-    for numbers, rows in hierarchical._together(wanted):
-        scored[np.ix_(rows, numbers)] += 1
+    order, steps = hierarchical.plan(wanted)
+    for start, stop, rows in steps:
+        scored[np.ix_(np.arange(queries) if rows is None else rows, order[start:stop])] += 1
     assert (scored[wanted] == 1).all() and scored.max() == 1
+    assert scored.sum() <= wanted.sum() + hierarchical.STEP * 31 or queries <= hierarchical.FEW
 
 
 def test_before_the_crossing_the_scan_is_flat():
@@ -136,7 +141,8 @@ def test_the_flat_choice_is_found_among_clustered_keys():
     topics = torch.randn(12, 16, generator=generator)
     topic = torch.randint(12, (40,), generator=generator).repeat_interleave(16)
     keys = topics[topic] + 0.3 * torch.randn(640, 16, generator=generator)
-    query = topics[torch.randint(12, (1, 4, 1), generator=generator)] + 0.3 * torch.randn(1, 4, 50, 16, generator=generator)
+    query = topics[torch.randint(12, (1, 4, 1), generator=generator)].expand(1, 4, 50, 16)
+    query = query + 0.3 * torch.randn(1, 4, 50, 16, generator=generator)
     index = Index(query, keys[None], torch.rand(1, 4, 50, generator=generator))
     found = recall(index, 64, HISA(16, 16, flat_below=0))
     assert found > 0.95

@@ -30,6 +30,7 @@ from manyheads.bench.suites.patterns import (
 from manyheads.bench.workload import PASSES, PHASES, Captured, Problem, read_captured
 from manyheads.common.errors import unknown
 from manyheads.mask import Mask
+from manyheads.mask.longca import STATIC
 
 LONG_FROM = 2048
 """Tokens from which FlexAttention is worth its compilation, and a boolean mask no longer worth waiting for."""
@@ -95,10 +96,11 @@ BOTH = ("forward", "forward+backward")
 PARTS = {
     "quick": (Part((1024,)),),
     "default": (
-        Part((8192,)),
+        Part((8192,), dtypes=("float32",), masks=STATIC),
+        Part((8192,), dtypes=("bfloat16",)),
         Part((1024,), dtypes=("float32",)),
         Part((1024,), (GQA,), dtypes=("bfloat16",)),
-        Part((1024,), phases=("forward+backward",)),
+        Part((1024,), phases=("forward+backward",), dtypes=("float32",)),
         Part((1024,), dtypes=("float32",), real=True),
     ),
     "full": (
@@ -254,7 +256,10 @@ def seconds(who: Sequence[str], work: float, mask: str, length: int, dtype: str,
     speed = SPEED[kind][dtype]
     spent = compiling = 0.0
     for name in who:
-        masked = name in ("sdpa", "reference", "x-transformers") and mask not in ("full", "causal")
+        plain = mask in ("full", "causal")
+        if name in ("fla", "performer") and not plain:
+            continue  # they refuse other masks
+        masked = name in ("sdpa", "reference", "x-transformers") and not plain
         if (masked and length**2 > MASK_PAIRS) or (name == "reference" and 8 * length**2 > REFERENCE_PAIRS):
             continue
         slower = {"sdpa": 2.0, "reference": 8.0, "fla": 8.0, "performer": 4.0}.get(name, 1.0)
@@ -274,7 +279,8 @@ def _worthwhile(mask: str, length: int, options: Options, usual: bool) -> tuple[
     if options.on_gpu:
         return ("manyheads", "manyheads-triton", "sdpa", "flex")
     if length < LONG_FROM:
-        return ("manyheads", "sdpa", "reference") if usual else ("manyheads", "sdpa")
+        plainly = usual and (options.level == "quick" or mask in ("full", "causal"))
+        return ("manyheads", "sdpa", "reference") if plainly else ("manyheads", "sdpa")
     # random blocks cost so much to skip that torch's dense kernel under a boolean mask may be the faster way
     dense = mask in ("full", "causal") or sparse(mask) is not None
     return ("manyheads", "sdpa", "flex") if dense else ("manyheads", "flex")

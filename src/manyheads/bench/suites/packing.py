@@ -44,7 +44,7 @@ SHORTEST = 48
 PROVIDERS = ("padded", "sorted", "packed-spfhp", "packed-nnlshp")
 COUNTS = {
     "quick": {"float32": 64, "bfloat16": 64},
-    "default": {"float32": 512, "bfloat16": 128},
+    "default": {"float32": 512, "bfloat16": 64},
     "full": {"float32": 512, "bfloat16": 512},
 }
 """Documents by level and dtype."""

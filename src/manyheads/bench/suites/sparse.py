@@ -26,8 +26,13 @@ from manyheads.bench.suite import Case, Context, Options, Suite
 from manyheads.bench.suites import real
 from manyheads.bench.timing import interleave
 from manyheads.bench.workload import Problem
-from manyheads.mask import Mask, as_mask
-from manyheads.mask.longca import block_sparse
+from manyheads.engine.tiled import tiled
+from manyheads.mask import Causal, Mask, TileLayout, as_mask
+from manyheads.mechanism import select
+from manyheads.mechanism.sparse.hisa import HISA
+from manyheads.mechanism.sparse.misa import MISA
+from manyheads.mechanism.sparse.msa import MSAConfig
+from manyheads.mechanism.sparse.nsa import NSAConfig
 from manyheads.spec import find
 
 DENSE, SDPA = "manyheads-dense", "sdpa"
@@ -40,9 +45,14 @@ ROWS = 64
 """Query rows of each head that are judged."""
 ALLOWED = 4.0
 """A result may differ from exact attention over its own keys by this much more than torch's from dense attention."""
-LENGTHS = {"quick": (2048,), "default": (8192,), "full": (4096, 16_384, 32_768)}
+LENGTHS: dict[str, dict[str, tuple[int, ...]]] = {
+    "quick": {"document": (2048,)},
+    "default": {"document": (8192,), "needles": (4096,), "video": (4096,)},
+    "full": dict.fromkeys(KINDS, (4096, 16_384, 32_768)),
+}
+"""Tokens of each kind of input."""
 REAL_TOKENS, REAL_LAYER = 4096, 3
-SECONDS = 3e-9
+SECONDS = 1.5e-8
 """Of a case for each pair of tokens and each setting, about; for the dry run and the progress bar."""
 
 
@@ -79,7 +89,15 @@ def masked(name: str, setting: str, mask: Mask) -> Way:
     return Way(name, setting, lambda q, k, v: attention(q, k, v, mask=mask), choose)
 
 
-def mechanism(slug: str, setting: str, *, name: str = "", attends: bool = True, **options: Any) -> Way:
+def mechanism(
+    slug: str,
+    setting: str,
+    *,
+    name: str = "",
+    attends: bool = True,
+    given: Callable[[Tensor, Tensor], dict[str, Any]] = lambda q, k: {},
+    **options: Any,
+) -> Way:
     """A mechanism of the registry with some options, causal.
 
     Args:
@@ -87,13 +105,23 @@ def mechanism(slug: str, setting: str, *, name: str = "", attends: bool = True, 
         setting: What the options let it keep, in words.
         name: As rows have it, where it is not the slug.
         attends: As in :class:`Way`.
-        **options: Keyword arguments of the mechanism.
+        given: From q and k to tensors that the mechanism takes beside them; made once for each input.
+        **options: Other keyword arguments of the mechanism.
     """
     spec = find(slug)
     if spec.selection is None:
         raise ValueError(f"mechanism: {slug} chooses no keys")
-    fn, choose = (functools.partial(f, **options) for f in (spec.fn, spec.selection))
-    return Way(name or slug, setting, fn, choose, attends)
+    known: dict[int, dict[str, Any]] = {}
+
+    def bound(fn: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Any]:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            if q.data_ptr() not in known:
+                known[q.data_ptr()] = given(q, k)
+            return fn(q, k, v, **known[q.data_ptr()], **options)
+
+        return call
+
+    return Way(name or slug, setting, bound(spec.fn), bound(spec.selection), attends)
 
 
 def share(kept: float) -> str:
@@ -113,9 +141,61 @@ def window(shape: Shape, kept: float) -> Way:
 
 
 def random_blocks(shape: Shape, kept: float) -> Way:
-    """Blocks drawn without looking, other ones for each head."""
-    blocks = block_sparse(shape.tokens, ratio=kept, heads=shape.heads, block=BLOCK, seed=shape.seed)
-    return masked("random-blocks", share(kept), blocks & as_mask("causal"))
+    """As many blocks as a selector keeps, the first and the own one among them, drawn without looking."""
+    blocks = -(-shape.tokens // BLOCK)
+    scores = torch.rand(1, shape.heads, blocks, blocks, generator=shape.generator)
+    seen = select.block_causal(shape.tokens, shape.tokens, BLOCK, BLOCK)
+    ids = select.top_k(scores, blocks_kept(shape, kept), visible=seen, force=select.Forced(first=1))
+
+    def choose(q: Tensor, k: Tensor, v: Tensor) -> TileLayout:
+        n = q.shape[2]
+        return TileLayout.from_ids(ids.to(q.device), nq=n, nk=n, tile=BLOCK, mask=Causal(), heads=q.shape[1])
+
+    return Way("random-blocks", share(kept), lambda q, k, v: tiled(q, k, v, choose(q, k, v)), choose)
+
+
+def blocks_kept(shape: Shape, kept: float, block: int = BLOCK) -> int:
+    """How many blocks of keys a share of all is, at least two.
+
+    Example:
+        >>> blocks_kept(Shape(16_384), 0.1)
+        13
+    """
+    blocks = -(-shape.tokens // block)
+    return min(blocks, max(2, round(kept * blocks)))
+
+
+def pooled(shape: Shape, kept: float, by: str = "group") -> Way:
+    """Blocks by the product of means, chosen by a group of heads or by each head."""
+    name = "pooled-topk" if by == "group" else "pooled-topk-heads"
+    return mechanism("pooled-topk", share(kept), name=name, block=BLOCK, keep=blocks_kept(shape, kept), share=by)
+
+
+def msa(shape: Shape, kept: float) -> Way:
+    """MSA, its index the mean query of each group and the mean key: what a trained one is at least as good as."""
+    config = MSAConfig(block=BLOCK, keep=blocks_kept(shape, kept))
+    return mechanism("msa", share(kept), given=_group_index, config=config)
+
+
+def nsa(shape: Shape, kept: float) -> Way:
+    """The selected branch of NSA, its compressed keys the means of windows, as before training."""
+    block = BLOCK // 2
+    config = NSAConfig(block=block, keep=max(4, blocks_kept(shape, kept, block)))
+    return mechanism("fsa", share(kept), name="fsa-selected", given=_selected_only, config=config)
+
+
+def indexed(slug: str, shape: Shape, kept: float) -> Way:
+    """DSA or one of its indexers: a token's own queries and the mean key as its index, all heads with weight 1.
+
+    The cheaper indexers are asked even where a flat scan would be faster, to show what they lose.
+    """
+    keep = max(1, round(kept * shape.tokens))
+    options: dict[str, Any] = {"keep": keep}
+    if slug == "hisa":
+        options["config"] = HISA(blocks=max(-(-keep // 128), -(-shape.tokens // 128 // 4)), flat_below=0)
+    if slug == "misa":
+        options["config"] = MISA(heads=max(1, shape.heads // 4), flat_below=0)
+    return mechanism(slug, share(kept), given=_token_index, **options)
 
 
 def ways(shape: Shape) -> list[Way]:
@@ -125,27 +205,38 @@ def ways(shape: Shape) -> list[Way]:
         shape: Of the inputs.
 
     Returns:
-        The ways, those without a choice first.
+        The ways, those that look at nothing first.
     """
-    found = [made(shape, kept) for made in (window, random_blocks) for kept in KEPT]
-    blocks = -(-shape.tokens // BLOCK)
-    for kept in KEPT:
-        keep = max(1, round(kept * blocks))
-        for name, shared in (("pooled-topk", "group"), ("pooled-topk-heads", "head")):
-            found.append(mechanism("pooled-topk", share(kept), name=name, block=BLOCK, keep=keep, share=shared))
-    return found
+    block_wise = (window, random_blocks, pooled, functools.partial(pooled, by="head"))
+    found = [made(shape, kept) for made in block_wise for kept in KEPT]
+    found += [made(shape, kept) for made in (msa, nsa) for kept in KEPT[1:]]
+    return [*found, *(indexed(slug, shape, KEPT[1]) for slug in ("dsa", "hisa", "misa"))]
+
+
+def _group_index(q: Tensor, k: Tensor) -> dict[str, Any]:
+    queries = q.unflatten(1, (k.shape[1], -1)).float().mean(2).to(q.dtype)
+    return {"index_q": queries, "index_k": k.float().mean(1).to(k.dtype)}
+
+
+def _selected_only(q: Tensor, k: Tensor) -> dict[str, Any]:
+    off = torch.zeros(q.shape[0], 1, q.shape[2], dtype=q.dtype, device=q.device)
+    return {"gate_compressed": off, "gate_selected": torch.ones_like(off), "gate_window": off}
+
+
+def _token_index(q: Tensor, k: Tensor) -> dict[str, Any]:
+    weights = torch.ones(q.shape[:3], dtype=q.dtype, device=q.device)
+    return {"index_q": q, "index_k": k.float().mean(1).to(k.dtype), "index_w": weights}
 
 
 def cases(options: Options) -> list[Case]:
     """One case for each kind of input and each length; the encoder's layer at its own length."""
-    lengths = options.lengths or LENGTHS[options.level]
-    kinds = ("document",) if options.level == "quick" else tuple(KINDS)
+    lengths = {kind: options.lengths or some for kind, some in LENGTHS[options.level].items()}
     dtypes = options.pick(("bfloat16", "float32") if options.level == "full" else ("bfloat16",))
     found = []
     for dtype in dtypes:
-        for n in lengths:
-            shape = Shape(n, dtype=dtype, seed=options.seed)
-            found += [plane("sparse", f"{kind}-{n}-{dtype}", kind, shape, options) for kind in kinds]
+        for kind, some in lengths.items():
+            shapes = [Shape(n, dtype=dtype, seed=options.seed) for n in some]
+            found += [plane("sparse", f"{kind}-{s.tokens}-{dtype}", kind, s, options) for s in shapes]
         if options.level != "quick" and not options.lengths:
             shape = Shape(REAL_TOKENS, heads=12, kv_heads=12, width=32, dtype=dtype, seed=options.seed)
             found.append(plane("sparse", f"{real.NAME}-{REAL_TOKENS}-{dtype}", "real", shape, options))
@@ -182,7 +273,7 @@ def plane(
             return _measured(context, row.replace(input=source), shape, inputs, made(shape))
 
     who = [DENSE, SDPA, *dict.fromkeys(way.name for way in made(shape))]
-    work = SECONDS * shape.tokens**2 * shape.heads / 8 * (2 + 0.3 * len(made(shape)))
+    work = SECONDS * shape.tokens**2 * shape.heads / 8 * (2 + 0.8 * len(made(shape)))
     return Case(suite, name, run, 1.0 + work, tuple(who))
 
 
@@ -261,7 +352,10 @@ def _lossy(row: Row, found: loss.Lost, limit: float | None) -> Row:
     )
 
 
-NAMES = (DENSE, SDPA, "window", "random-blocks", "pooled-topk", "pooled-topk-heads")
+NAMES = (
+    DENSE, SDPA, "window", "random-blocks", "pooled-topk", "pooled-topk-heads", "msa", "fsa-selected", "dsa", "hisa",
+    "misa",
+)  # fmt: skip
 SUITE = Suite(
     "sparse",
     "Mechanisms that choose their keys: speed over dense attention against what is lost, by kind of input.",

@@ -6,14 +6,16 @@ one shape. Rows of other suites in the same file are used again; what is missing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from manyheads.bench import device
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Case, Context, Options, Suite
-from manyheads.bench.suites import bars, gpu_targets, layouts, linear_bars, masks, overhead, parallel_bars
+from manyheads.bench.suites import bars, gpu_targets, layouts, linear_bars, masks, overhead, parallel_bars, sparse_bars
 from manyheads.bench.suites.bars import Bar
 from manyheads.bench.workload import Problem
 from manyheads.mask import as_mask
@@ -48,7 +50,7 @@ def cases(options: Options) -> list[Case]:
         return [_case(bar) for bar in gpu_targets.made(options)]
     made = [*_dense(options), *_masks(options), *_backward(options), *_layouts(options)]
     made += [*_memory(options), *_overhead(options), *_packing(options), *linear_bars.made(options)]
-    made += parallel_bars.made(options)
+    made += [*sparse_bars.made(options), *parallel_bars.made(options)]
     if options.level == "quick":
         return [_case(bar) for bar in made if bar.level == "quick"]
     return [*(_case(bar) for bar in made), *(_elsewhere(bar) for bar in gpu_targets.made(options))]
@@ -99,31 +101,39 @@ def _masks(options: Options) -> list[Bar]:
     rng = bars.draw(options, "masks")
     drawn = (int(rng.integers(3073, 5120)), int(rng.integers(4, 10)), int(rng.choice([48, 64, 80])))
     dtypes = DTYPES if options.level == "full" else (str(rng.choice(DTYPES)),)  # compiling takes minutes
+    # at the drawn shape also drawn masks, and the dense one that cost is a share of
+    some = STATIC if options.level == "full" else _some(rng, STATIC)
     made = []
-    for (n, heads, width), asked in (((8192, 8, 64), DTYPES), (drawn, dtypes)):
+    for (n, heads, width), asked, names in (((8192, 8, 64), DTYPES, STATIC), (drawn, dtypes, some)):
         for dtype in asked:
-            found = [masks.case(name, n, dtype, options, heads=heads, width=width) for name in STATIC]
+            found = [masks.case(name, n, dtype, options, heads=heads, width=width) for name in names]
             where = f"N = {n}, {heads} heads, D {width}, {dtype}"
             stem = f"{n}x{heads}x{width}-{dtype}"
             base = bars.promise(f"flex-{stem}", f"static masks over FlexAttention, {where}", dtype=dtype, length=n)
-            made.append(Bar(f"bar-flex-{stem}", tuple(found), bars.against_flex(base, STATIC, *FLEX[dtype])))
+            made.append(Bar(f"bar-flex-{stem}", tuple(found), bars.against_flex(base, names, *FLEX[dtype])))
             base = bars.promise(f"area-{stem}", f"cost follows area, {where}", dtype=dtype, length=n)
-            whole = found[list(STATIC).index("full")]
-            judge = bars.cost_follows_area(base, STATIC, *AREA[dtype])
+            whole = found[list(names).index("full")]
+            judge = bars.cost_follows_area(base, names, *AREA[dtype])
             made.append(Bar(f"bar-area-{stem}", (whole, *found), judge))
     return made
 
 
+def _some(rng: np.random.Generator, names: Sequence[str]) -> tuple[str, ...]:
+    """A third of the masks, drawn, the dense one among them."""
+    others = [name for name in names if name != "full"]
+    return ("full", *sorted(rng.choice(others, size=len(names) // 3 - 1, replace=False).tolist()))
+
+
 def _backward(options: Options) -> list[Bar]:
     rng = bars.draw(options, "backward")
-    n = int(rng.integers(4097, 7168))
+    n = int(rng.integers(3073, 4608))
     made = []
     for tokens, window in ((8192, 512), (n, int(rng.integers(n // 20, n // 16)))):
         stem = f"backward-{tokens}-window{window}"
 
         mask = as_mask(f"causal & window({window})")
         problem = Problem(mask, tokens, phase="forward+backward", seed=options.seed)
-        measured = bars.attention(stem, 25.0, problem, memory=True)
+        measured = bars.attention(stem, 3.0 + 22.0 * (tokens / 8192) ** 2, problem, memory=True)
         base = bars.promise(stem, f"forward + backward, causal window {window}, N = {tokens}", length=tokens)
         made.append(Bar(f"bar-{stem}", (measured,), bars.backward(base, *BACKWARD)))
     return made
@@ -204,7 +214,7 @@ def _packing(options: Options) -> list[Bar]:
     from manyheads.bench.suites.packing import encoder_case
 
     rng = bars.draw(options, "packing")
-    drawn = (int(rng.integers(96, 192)), int(rng.integers(1, 2**31)))
+    drawn = (int(rng.integers(64, 128)), int(rng.integers(1, 2**31)))
     made = []
     for documents, seed in ((512, None), drawn):
         case = encoder_case("float32", options, documents=documents, seed=seed)

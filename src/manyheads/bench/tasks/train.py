@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
+from typing import Protocol as Protocol_
 
 import torch
 from torch import Generator, nn
@@ -65,6 +66,18 @@ class Protocol:
         )
 
 
+class Steps(Protocol_):
+    """What training reads of a protocol."""
+
+    @property
+    def steps(self) -> int:
+        """Updates."""
+
+    @property
+    def batch(self) -> int:
+        """Examples of an update."""
+
+
 class Trained(NamedTuple):
     """What a training came to.
 
@@ -116,16 +129,16 @@ def train(
         (True, 2)
     """
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         model = Decoder(protocol.decoder(task, mixers))
-        losses = _learn(model, task, protocol, seed, rate, say)
+        losses = learn(model, task, protocol, seed, rate, say)
         if math.isfinite(losses[-1]):
             validation, _ = judge(model, task, protocol.judged, _VALIDATION)
             _, score = judge(model, task, protocol.judged, _TEST)
     if not math.isfinite(losses[-1]):
         return Trained(math.nan, math.inf, (), model.parameter_count(), time.perf_counter() - start)
-    return Trained(score, validation, _twentieths(losses), model.parameter_count(), time.perf_counter() - start)
+    return Trained(score, validation, twentieths(losses), model.parameter_count(), time.perf_counter() - start)
 
 
 def judge(model: nn.Module, task: Task, count: int, seed: int) -> tuple[float, float]:
@@ -147,7 +160,7 @@ def judge(model: nn.Module, task: Task, count: int, seed: int) -> tuple[float, f
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Sums come in the same order wherever the model is trained, and small products are not cut up."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -157,10 +170,27 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _learn(
-    model: nn.Module, task: Task, protocol: Protocol, seed: int, rate: float, say: Callable[[str], None]
+def learn(
+    model: nn.Module,
+    task: Task,
+    protocol: Steps,
+    seed: int,
+    rate: float,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[float]:
-    """Updates the model; the loss of each step, the last one not finite if it diverged."""
+    """Updates a model.
+
+    Args:
+        model: From inputs to answers.
+        task: What to learn.
+        protocol: How many steps of how many examples.
+        seed: Of the training examples.
+        rate: The highest learning rate.
+        say: Told now and then how far it is.
+
+    Returns:
+        The loss of each step, the last one not finite if it diverged.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm(step, protocol.steps))
     examples = Generator().manual_seed(seed)
@@ -190,7 +220,8 @@ def _warm(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _twentieths(losses: list[float]) -> tuple[float, ...]:
+def twentieths(losses: list[float]) -> tuple[float, ...]:
+    """The mean loss of each twentieth of the steps."""
     size = max(1, len(losses) // 20)
     parts = [losses[at : at + size] for at in range(0, len(losses), size)]
     return tuple(round(sum(part) / len(part), 5) for part in parts)

@@ -10,7 +10,7 @@ from ...common import checks
 from ...common.errors import UnsupportedError, unknown
 from ...common.scopes import refuse_inside
 from ..result import Attn
-from . import launch
+from . import launch, sharding
 from .op import BACKENDS, op
 
 __all__ = ["Attn", "gather", "refuse"]
@@ -59,7 +59,8 @@ def gather(
         ValueError: For shapes that do not fit, naming the argument; on a CPU for ids out of range (a GPU is not waited
             for: there such ids count as padding).
         TypeError: For wrong types or dtypes.
-        UnsupportedError: When an explicit backend refuses, with its reasons.
+        UnsupportedError: When an explicit backend refuses, with its reasons; for DTensors that shard more than the
+            batch and the heads.
 
     Example:
         >>> q, k = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)
@@ -72,8 +73,9 @@ def gather(
     checks.attention_inputs(q, k, v)
     checks.options(q, k, scale=scale, softcap=softcap, sink=sink, dropout_p=0.0)
     _check_ids(ids, q, k)
+    sharding.seen(q, k, v)  # registers what the operator does on DTensors
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    out, lse = op(q, k, v, ids, sink, factor, float(softcap or 0.0), _backend(backend, q, v))
+    out, lse = op(q, k, v, ids, sink, factor, float(softcap or 0.0), _backend(backend, q, v, ids))
     return Attn(out, lse) if return_lse else out
 
 
@@ -98,12 +100,12 @@ def refuse(backend: str, device: str) -> list[str]:
     return launch.refuse(device) if backend == "triton" else []
 
 
-def _backend(name: str, q: Tensor, v: Tensor) -> str:
+def _backend(name: str, q: Tensor, v: Tensor, ids: Tensor) -> str:
     """The backend that a call gets: on a GPU the kernels where they can take it, else blocked."""
     if name not in ("auto", *BACKENDS):
         raise unknown("backend of gather", name, ["auto", *BACKENDS])
     if name == "triton" or (name == "auto" and q.device.type == "cuda"):
-        reasons = launch.refuse(q.device.type) + launch.refuse_call(q, v)
+        reasons = launch.refuse(q.device.type) + launch.refuse_call(q, v, ids)
         if not reasons:
             return "triton"
         if name == "triton":

@@ -21,6 +21,7 @@ from .rows import Block, blocks, columns_inside, live_rows, put, query_rows, tab
 
 _ROWS = 1 << 23  # bytes of rows that are fetched at once where a single query lists more than fit a block
 _THIN = 16  # query rows of a product
+_LOG2E = math.log2(math.e)
 
 
 class Chunk(NamedTuple):
@@ -121,6 +122,8 @@ class _Source:
                 v = self._fetch("v", self.v.rows, at)
             else:
                 v = k[..., self.inside : self.inside + self.p.v.shape[3]]
+            if block.empty is not None and len(ids) == block.size:
+                k, v = (t.masked_fill_(block.empty[:, None, None], 0.0) for t in (k, v))
             yield Chunk(k, v, ids, None if block.bias is None else block.bias[:, None, c : c + step])
 
     def _fetch(self, name: str, rows: Tensor, at: Tensor) -> Tensor:
@@ -213,7 +216,7 @@ def _passes(p: Problem, q: Tensor, chunk: Chunk, inside: int | None) -> tuple[Te
     s, _ = _scores(p, q, chunk)
     top = s.amax(-1, keepdim=True)
     anchor = top.masked_fill(top == -math.inf, 0.0)
-    w = s.sub_(anchor).exp_()
+    w = _exponential(s.sub_(anchor))
     total = w.sum(-1, keepdim=True)
     out = _times(w, chunk.v, products.average).div_(total.masked_fill(total == 0, 1.0))
     if chunk.bias is not None:  # padding repeats whatever stands in some row
@@ -229,6 +232,11 @@ def _scores(p: Problem, q: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]
         slope = 1.0 - s * s
         s = s.mul_(p.softcap)
     return s if chunk.bias is None else s.add_(chunk.bias), slope
+
+
+def _exponential(s: Tensor) -> Tensor:
+    """``exp`` in place; by powers of 2, which have no slow path for ``-inf`` and results close to 0."""
+    return s.mul_(_LOG2E).exp2_()
 
 
 def _merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -256,7 +264,7 @@ def _weights(
     for fetched in source.chunks(block):
         rows, chunk = _upcast(q, fetched)
         s, slope = _scores(p, rows, chunk)
-        w = s.sub_(lse).exp_()
+        w = _exponential(s.sub_(lse))
         if one_lse:
             total = w.sum(-1, keepdim=True)
             w = w.div_(total.masked_fill_(total == 0, 1.0))

@@ -64,6 +64,7 @@ class Block:
             share their rows, ``(1, U)``: whatever any of them lists, once.
         bias: ``(n * m, K)`` or ``(m, U)`` in the accumulation dtype, the logarithm of how often each is listed; None
             if all are, once.
+        empty: bool ``(n * m,)``, queries that list nothing; None if there are none. Their ids name a key all the same.
     """
 
     batch: Tensor
@@ -71,6 +72,7 @@ class Block:
     queries: slice
     ids: Tensor
     bias: Tensor | None
+    empty: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -125,7 +127,9 @@ def _parts(block: Block, size: int) -> Iterator[Block]:
     for q0 in range(start, stop, size):
         some = slice(q0 - start, q0 - start + size)
         bias = None if block.bias is None else block.bias[some]
-        yield replace(block, queries=slice(q0, min(stop, q0 + size)), ids=block.ids[some], bias=bias)
+        empty = None if block.empty is None else block.empty[some]
+        queries = slice(q0, min(stop, q0 + size))
+        yield replace(block, queries=queries, ids=block.ids[some], bias=bias, empty=empty)
 
 
 def _block(
@@ -148,7 +152,9 @@ def _block(
     if ids.shape[1]:
         ids = torch.where(seen, ids, ids.where(seen, -1).amax(1, keepdim=True).clamp_min_(0))
     bias = torch.zeros(seen.shape, dtype=p.accumulate, device=ids.device).masked_fill_(~seen, -math.inf)
-    return Block(batch, unit, queries, ids, bias), seen
+    none = ~seen.any(1)
+    empty = None if ids.device.type == "cpu" and not none.any() else none
+    return Block(batch, unit, queries, ids, bias, empty), seen
 
 
 def _shared(p: Problem, block: Block, seen: Tensor | None) -> Block | None:
@@ -182,9 +188,7 @@ def query_rows(t: Tensor, p: Problem, block: Block) -> Tensor:
 def live_rows(t: Tensor, p: Problem, block: Block) -> Tensor:
     """The same, zeros for queries that list nothing: whatever they hold, no product may see it."""
     rows = query_rows(t, p, block)
-    if block.bias is None or not block.bias.shape[1]:
-        return rows
-    return rows.masked_fill((block.bias.amax(1) == -math.inf)[:, None, None], 0.0)
+    return rows if block.empty is None else rows.masked_fill(block.empty[:, None, None], 0.0)
 
 
 def put(t: Tensor, p: Problem, block: Block, rows: Tensor) -> None:

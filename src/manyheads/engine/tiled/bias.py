@@ -49,6 +49,10 @@ class Term:
         """The contribution on a rectangle, broadcastable to ``(b, h, M, C)``."""
         raise NotImplementedError
 
+    def add(self, s: Tensor, at: Block) -> None:
+        """Adds the contribution to scores ``(b, h, M, C)``, in place."""
+        s += self.values(at).to(s.dtype)
+
     def accumulate(self, grad: Tensor, ds: Tensor, at: Block) -> None:
         """Adds the gradient of the tensor from ``ds (b, h, M, C)`` on a rectangle into ``grad``."""
         raise NotImplementedError
@@ -113,15 +117,23 @@ class ALiBi(Term):
     def check(self, heads: int, batch: int, nq: int, nk: int) -> None:
         self._expect([heads], "(H,)")
 
-    def _distance(self, at: Block) -> Tensor:
-        return (at.q_pos[:, :, None] - at.k_pos[:, None, :]).abs()[:, None]
+    def _distance(self, at: Block, dtype: torch.dtype) -> Tensor:
+        here = at.q_pos.flatten()[:1]  # counted from a position close by, so that float32 holds large ones
+        q_pos, k_pos = ((pos - here).to(dtype) for pos in (at.q_pos, at.k_pos))
+        return (q_pos[:, :, None] - k_pos[:, None, :]).abs_()[:, None]
+
+    def _slopes(self, at: Block) -> Tensor:
+        return self.tensor.to(torch.promote_types(self.tensor.dtype, torch.float32))[at.h, None, None]
 
     def values(self, at: Block) -> Tensor:
-        slopes = self.tensor.to(torch.promote_types(self.tensor.dtype, torch.float32))
-        return -slopes[at.h, None, None] * self._distance(at)
+        slopes = self._slopes(at)
+        return -slopes * self._distance(at, slopes.dtype)
+
+    def add(self, s: Tensor, at: Block) -> None:
+        torch.addcmul(s, self._slopes(at).to(s.dtype), self._distance(at, s.dtype), value=-1, out=s)
 
     def accumulate(self, grad: Tensor, ds: Tensor, at: Block) -> None:
-        grad[at.h] -= (ds * self._distance(at)).sum((0, 2, 3)).to(grad.dtype)
+        grad[at.h] -= (ds * self._distance(at, ds.dtype)).sum((0, 2, 3)).to(grad.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -160,19 +160,20 @@ def plan_for(text: str, q: Tensor, k: Tensor, v: Tensor) -> BoxPlan | None:
     if not text.startswith(_NAME) or q.device.type != "cpu" or q.shape[2] != k.shape[2] or not q.shape[3] * v.shape[3]:
         return None
     heads = q.shape[0] * q.shape[1]
-    return _plan_for(text, q.shape[2], 1 << max(heads - 1, 0).bit_length()) if heads else None
+    half = q.dtype.itemsize == 2
+    return _plan_for(text, q.shape[2], 1 << max(heads - 1, 0).bit_length(), half) if heads else None
 
 
 _NAME = "neighborhood("
 
 
 @functools.lru_cache(maxsize=256)
-def _plan_for(text: str, tokens: int, heads: int) -> BoxPlan | None:
+def _plan_for(text: str, tokens: int, heads: int, half: bool) -> BoxPlan | None:
     mask = parse(text)
     if not isinstance(mask, Neighborhood) or math.prod(mask.grid) != tokens:
         return None
-    cost, box = cheapest_box(mask, heads)
-    return None if box is None or cost >= _tiles_cost(mask, heads) else make_plan(mask, box)
+    cost, box = cheapest_box(mask, heads, half)
+    return None if box is None or cost > _CLEARLY * _tiles_cost(mask, heads, half) else make_plan(mask, box)
 
 
 @functools.lru_cache(maxsize=64)
@@ -288,17 +289,33 @@ def _shared(line: Line) -> int:
 # --- which box ----------------------------------------------------------------------------------------------------
 
 
-def cheapest_box(mask: Neighborhood, heads: int) -> tuple[float, tuple[int, ...] | None]:
+class _Cost(NamedTuple):
+    """Nanoseconds of a computed pair, a key copied for a box, a query, and a call of the kernel."""
+
+    pair: float
+    key: float
+    query: float
+    call: float
+
+
+_COSTS = {False: _Cost(1.5, 32.0, 70.0, 75_000.0), True: _Cost(0.8, 27.0, 75.0, 40_000.0)}
+"""By half precision, fitted to twenty plans at head width 32 on one core; only their ratios matter."""
+
+
+def cheapest_box(mask: Neighborhood, heads: int, half: bool = False) -> tuple[float, tuple[int, ...] | None]:
     """The box size of the lowest predicted time.
 
     Args:
         mask: The neighbourhood.
         heads: Batch entries times query heads.
+        half: Whether the inputs are of half precision.
 
     Returns:
         Predicted nanoseconds of a forward call and the box; infinity and None where every box is too large.
     """
     axes = [[(size, cut_axis(*axis, size)) for size in _sizes(*axis)] for axis in axes_of(mask)]
+    cost_of = _COSTS[half]
+    key = cost_of.key if len(axes) > 1 else cost_of.key / 2  # boxes of a line are views of it in the forward
     best: tuple[float, tuple[int, ...] | None] = (math.inf, None)
     for choice in itertools.product(*axes):
         queries = math.prod(max(line.cells for line in lines) for _, lines in choice)
@@ -307,12 +324,12 @@ def cheapest_box(mask: Neighborhood, heads: int) -> tuple[float, tuple[int, ...]
         if queries * keys > (_MOST_WHOLE if whole else _MOST_PAIRS):
             continue
         kinds = math.prod(len(lines) for _, lines in choice)
-        boxes, pairs, fetched = (
+        pairs, fetched = (
             math.prod(sum(line.residues * line.many * worth(line) for line in lines) for _, lines in choice)
-            for worth in (lambda line: 1, lambda line: line.cells * line.keys, lambda line: line.keys)
+            for worth in (lambda line: line.cells * line.keys, lambda line: line.keys)
         )
-        row = _PAIR * pairs + _KEY_OF_BOX * fetched + _BOX * boxes
-        cost = heads * row + _CALL * max(kinds, heads * fetched / _FETCHED)
+        row = cost_of.pair * pairs + key * fetched + cost_of.query * math.prod(mask.grid)
+        cost = heads * row + cost_of.call * max(kinds, heads * fetched / _FETCHED)
         best = min(best, (cost, tuple(size for size, _ in choice)), key=lambda found: found[0])
     return best
 
@@ -324,19 +341,16 @@ def _sizes(length: int, window: int, stride: int, dilation: int, causal: bool) -
     return sorted({min(size, most) for size in tried if length // 1024 <= size <= 256 or size == stride})
 
 
-def _tiles_cost(mask: Neighborhood, heads: int) -> float:
+def _tiles_cost(mask: Neighborhood, heads: int, half: bool) -> float:
     """Nanoseconds that tiles of tokens would take at best: they see whole rows of all axes but the first."""
     tokens, inner = math.prod(mask.grid), math.prod(mask.grid[1:])
     rows = -(-tokens // _ROW)
     keys = min(tokens, (mask.window[0] * mask.dilation[0] - 1) * inner + min(_ROW, tokens))
-    return heads * tokens * keys * _PAIR + _CALL * rows
+    return heads * tokens * keys * _COSTS[half].pair + _COSTS[half].call * rows
 
 
 _MOST_PAIRS = 1 << 22  # of one box: the mask of a kind stays within 16 MiB;
 _MOST_WHOLE = 1 << 24  # where boxes need none
-_PAIR = 1.3  # nanoseconds of a pair at head width 32 (measured on one core; only the ratios of these numbers matter),
-_KEY_OF_BOX = 18.0  # of a key that is copied for a box,
-_BOX = 1500.0  # of a box of one head,
-_CALL = 60_000.0  # of one call of the kernel, which takes about so many keys:
-_FETCHED = 16_384
+_FETCHED = 16_384  # keys that one call takes, about
 _ROW = 256  # queries of a row of tiles
+_CLEARLY = 0.85  # where both take about as long, tiles have the faster backward

@@ -16,8 +16,9 @@ from ...mask.layout import TileLayout
 from ..configs import Config, choose
 from ..gpu import architecture, interpreted, launch, padded, readable, refuse_inputs, row_products, tf32
 from ..gpu import refuse as refuse
-from . import configs, slots
+from . import configs, entries, slots
 from .bias import Block, Term
+from .order import by_keys as keys_outermost
 from .problem import Grads, Problem
 from .rows import Rows, by_keys, by_queries, fitting, packs, work_of
 
@@ -71,6 +72,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     lse = torch.empty(b, h, nq, dtype=torch.float32, device=p.q.device)
     if not out.numel() or not p.k.shape[2]:
         return out.zero_(), _empty_lse(p, lse)
+    if keys_outermost(p, "triton"):
+        return entries.forward(p, lambda kernel: _config(kernel, p.q, p.v, "plain"))
     call = _Call(p, "forward", p.layout)
     values = out if p.wide or p.v.dtype == call.v.dtype else torch.empty_like(out, dtype=call.v.dtype)
     config = call.config
@@ -108,6 +111,10 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     if p.sink is not None:
         share = torch.exp(p.sink.double()[:, None] - lse)
         dsink = -(share * delta).sum((0, 2)).to(p.sink.dtype)
+    if keys_outermost(p, "triton"):
+        assert rows.dout is not None
+        found = entries.backward(p, lse, delta, rows.dout, lambda kernel: _config(kernel, p.q, p.v, "plain"))
+        return Grads(*found, dsink)
     given: dict[str, Any] = {"lse": lse, "delta": delta}
     skipped = rows.nothing
     if p.skip_threshold:

@@ -120,8 +120,12 @@ def _softmax(p: Problem, plan: Plan, strip: Strip) -> tuple[Tensor, Tensor]:
 
 
 def _exponentials(chunk: Chunk, anchor: Tensor) -> Tensor:
-    """``exp(factor * s - anchor)`` in place, in two passes, by the faster of ``exp`` and ``exp2``."""
-    base = math.log2(math.e) if chunk.s.device.type == "cpu" and products.exp2_wins() else 1.0
+    """``exp(factor * s - anchor)`` in place, by the faster of ``exp`` and ``exp2``."""
+    hidden = chunk.at is not None or any(segment.mask_id for segment in chunk.segments)
+    base = math.log2(math.e) if chunk.s.device.type == "cpu" and products.exp2_wins(hidden) else 1.0
+    if chunk.factor == 1.0:  # a difference that was not rounded would be, if its terms were scaled before it
+        s = torch.sub(chunk.s, anchor, out=chunk.s)
+        return s.exp_() if base == 1.0 else s.mul_(base).exp2_()
     s = torch.sub(anchor * -base, chunk.s, alpha=-base * chunk.factor, out=chunk.s)
     return s.exp_() if base == 1.0 else s.exp2_()
 
@@ -240,13 +244,14 @@ def _by_kv_head(group: Group, per_kv: int) -> Iterator[slice]:
 def _chunks(p: Problem, plan: Plan, strip: Strip) -> Iterator[Chunk]:
     q = stacked(p.q[strip.b, strip.h, strip.row.q0 : strip.row.q1], p)
     shape = _rows_shape(strip)
-    columns = plan.tile[1] if p.skip_threshold else max(plan.tile[1], _CHUNK // max(1, math.prod(shape)))
-    skipper = _Skipper(p.skip_threshold) if p.skip_threshold else None
-    for segments in cut(strip.row.segments, columns, plan.tile[1], aligned=p.skip_threshold > 0):
+    skipper = _Skipper(p.skip_threshold, plan.tile[1]) if p.skip_threshold else None
+    alone = skipper is not None and not p.plain_but_skipping  # what depends on the keys is made for one tile at a time
+    columns = plan.tile[1] if alone else max(plan.tile[1], _CHUNK // max(1, math.prod(shape)))
+    for segments in cut(strip.row.segments, columns, plan.tile[1], aligned=alone):
         k = flat(fetch(p.k[strip.b, strip.kv], segments))
         s = products.scores(q, k).view(*shape, k.shape[1]) if strip.low is None else _low_scores(strip, segments)
         slope, factor = None, p.scale
-        if p.scale <= 0 or p.softcap or p.terms or skipper or not p.weight.softmax:
+        if p.scale <= 0 or p.softcap or p.terms or alone or not p.weight.softmax:
             s, factor = s.mul_(p.scale), 1.0
         if p.softcap:
             s = s.div_(p.softcap).tanh_()
@@ -255,10 +260,14 @@ def _chunks(p: Problem, plan: Plan, strip: Strip) -> Iterator[Chunk]:
         at = _block(p, strip, segments) if p.terms or p.dropout_p else None
         for term in p.terms:
             assert at is not None
-            s += term.values(at).to(s.dtype)
+            term.add(s, at)
         plan.hide(s, segments, -math.inf)
-        if skipper is None or skipper.visits(s):
-            yield Chunk(s, factor, segments, k, at, slope)
+        if skipper is not None:
+            s, segments, fewer = skipper.visited(s, factor, segments)
+            if not segments:
+                continue
+            k = flat(fetch(p.k[strip.b, strip.kv], segments)) if fewer else k
+        yield Chunk(s, factor, segments, k, at, slope)
 
 
 def _low_scores(strip: Strip, segments: tuple[Segment, ...]) -> Tensor:
@@ -271,19 +280,61 @@ def _low_scores(strip: Strip, segments: tuple[Segment, ...]) -> Tensor:
 class _Skipper:
     """Drops tiles whose scores lie below the running maximum of every row by more than ``-log(threshold)``."""
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, width: int) -> None:
         self.floor = math.log(threshold)
+        self.width = width
         self.best: Tensor | None = None
 
-    def visits(self, s: Tensor) -> bool:
-        """Whether any head needs this tile; the heads that do not have their scores set to ``-inf``."""
-        top = s.amax(-1)
-        best = torch.full_like(top, -math.inf) if self.best is None else self.best
-        new = torch.maximum(best, top)
-        needed = ((top - new >= self.floor) & (top > -math.inf)).any(-1)
-        self.best = torch.where(needed[..., None], new, best)
-        s.masked_fill_(~needed[..., None, None], -math.inf)
-        return bool(needed.any())
+    def visited(
+        self, s: Tensor, factor: float, segments: tuple[Segment, ...]
+    ) -> tuple[Tensor, tuple[Segment, ...], bool]:
+        """The scores ``factor * s`` and keys of the tiles that some head needs, and whether these are not all.
+
+        Heads that do not need one of them have its scores set to ``-inf``.
+        """
+        top = self._tops(s) * factor
+        start = top.new_full((), -math.inf) if self.best is None else self.best[..., None]
+        new = torch.maximum(start, top.cummax(-1).values)
+        needed = ((top - new >= self.floor) & (top > -math.inf)).any(2)
+        self.best = new[..., -1]
+        some = needed.flatten(0, 1).any(0)
+        if not some.all():
+            kept = some.tolist()
+            places = [Segment(t, t + self.width, 0) for t in range(0, s.shape[-1], self.width)]
+            parts = [s[..., k0:k1] for k0, k1, _ in _joined([t for t, x in zip(places, kept, strict=True) if x])]
+            tiles = [t for t, x in zip(_tiles_of(segments, self.width), kept, strict=True) if x]
+            segments, needed = tuple(_joined(tiles)), needed[..., some]
+            s = parts[0] if len(parts) == 1 else torch.cat(parts, -1) if parts else s
+        if not needed.all():
+            hidden = ~needed.repeat_interleave(self.width, dim=-1)[..., : s.shape[-1]]
+            s.masked_fill_(hidden[:, :, None], -math.inf)
+        return s, segments, not bool(some.all())
+
+    def _tops(self, s: Tensor) -> Tensor:
+        """The best score of every row in every tile; only the last tile may be narrower."""
+        whole = s.shape[-1] // self.width * self.width
+        tops = [s[..., :whole].unflatten(-1, (-1, self.width)).amax(-1)] if whole else []
+        return torch.cat([*tops, *([s[..., whole:].amax(-1, keepdim=True)] if whole < s.shape[-1] else [])], -1)
+
+
+def _tiles_of(segments: tuple[Segment, ...], width: int) -> Iterator[Segment]:
+    for k0, k1, mask_id in segments:
+        for t in range(k0, k1, width):
+            yield Segment(t, min(t + width, k1), mask_id)
+
+
+def _joined(tiles: list[Segment]) -> Iterator[Segment]:
+    """Neighbouring tiles under one mask as one segment."""
+    last: Segment | None = None
+    for tile in tiles:
+        if last is not None and last.k1 == tile.k0 and last.mask_id == tile.mask_id:
+            last = last._replace(k1=tile.k1)
+            continue
+        if last is not None:
+            yield last
+        last = tile
+    if last is not None:
+        yield last
 
 
 def cut(segments: tuple[Segment, ...], columns: int, bn: int, aligned: bool) -> Iterator[tuple[Segment, ...]]:

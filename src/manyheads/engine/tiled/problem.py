@@ -98,8 +98,12 @@ class Problem:
     @property
     def plain(self) -> bool:
         """Whether this is softmax over masked scores and nothing else (a sink is applied afterwards)."""
-        options = self.terms or self.softcap or self.dropout_p or self.skip_threshold or self.qk != "exact"
-        return not options and self.weight.softmax
+        return self.plain_but_skipping and not self.skip_threshold and self.qk == "exact"
+
+    @property
+    def plain_but_skipping(self) -> bool:
+        """Whether scores are products times a scale, for a softmax, however they are computed and chosen."""
+        return not (self.terms or self.softcap or self.dropout_p) and self.weight.softmax
 
 
 @dataclass(slots=True)

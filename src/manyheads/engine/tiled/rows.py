@@ -61,7 +61,7 @@ def fitting(layout: TileLayout, tile: tuple[int, int], own: bool, skips: bool = 
     powers = bm & (bm - 1) == 0 and bn & (bn - 1) == 0
     if layout.tile == tile or (own and powers and bm <= most_m and 16 <= bn <= most_n):
         if skips and layout.ids is not None:
-            return _kept(layout, ("ascending",), lambda: _ascending(layout))
+            return kept(layout, ("ascending",), lambda: _ascending(layout))
         return layout
     if skips:
         raise UnsupportedError(
@@ -71,7 +71,7 @@ def fitting(layout: TileLayout, tile: tuple[int, int], own: bool, skips: bool = 
     if own and powers:
         tile = min(bm, most_m), max(16, min(bn, most_n))
     cuts = own and powers and layout.ids is not None and bn >= 16
-    return _kept(layout, ("fitted", tile), lambda: _cut(layout, tile) if cuts else layout.retile(tile))
+    return kept(layout, ("fitted", tile), lambda: _cut(layout, tile) if cuts else layout.retile(tile))
 
 
 def _cut(layout: TileLayout, tile: tuple[int, int]) -> TileLayout:
@@ -111,7 +111,7 @@ def _ascending(layout: TileLayout) -> TileLayout:
 
 def by_queries(layout: TileLayout, device: torch.device) -> Rows:
     """What each row of query tiles visits."""
-    return _kept(
+    return kept(
         layout, ("q", device), lambda: _listed(layout, device) if layout.ids is not None else _runs(layout, device)
     )
 
@@ -119,11 +119,12 @@ def by_queries(layout: TileLayout, device: torch.device) -> Rows:
 def by_keys(layout: TileLayout, device: torch.device) -> Rows:
     """What visits each row of key tiles. Padded ids are inverted where they are, without waiting for the device."""
     if layout.ids is not None and layout.ids.device.type != "cpu":
-        return _kept(layout, ("k", device), lambda: _inverted(layout, device))
-    return _kept(layout, ("k", device), lambda: _runs(layout.transpose(), device))
+        return kept(layout, ("k", device), lambda: _inverted(layout, device))
+    return kept(layout, ("k", device), lambda: _runs(layout.transpose(), device))
 
 
-def _kept(layout: TileLayout, key: tuple[Any, ...], make: Any) -> Any:
+def kept(layout: TileLayout, key: tuple[Any, ...], make: Any) -> Any:
+    """What was made of a layout, kept with it."""
     known = layout.__dict__.setdefault("_rows", {})
     if key not in known:
         known[key] = make()
@@ -133,7 +134,7 @@ def _kept(layout: TileLayout, key: tuple[Any, ...], make: Any) -> Any:
 def _runs(layout: TileLayout, device: torch.device) -> Rows:
     some = [t if t.numel() else t.new_zeros(1) for t in (layout.first, layout.count, layout.mask_id)]
     first, count, mask_id, rows, index = (t.to(device).contiguous() for t in (*some, layout.rows, layout.index))
-    return Rows(layout.tile, rows, first, count, mask_id, _words(layout, device), index, 0, True, _steps(index))
+    return Rows(layout.tile, rows, first, count, mask_id, words(layout, device), index, 0, True, _steps(index))
 
 
 def _listed(layout: TileLayout, device: torch.device) -> Rows:
@@ -143,8 +144,8 @@ def _listed(layout: TileLayout, device: torch.device) -> Rows:
     ids = ids.contiguous() if ids.shape[-1] else ids.new_full((*ids.shape[:3], 1), -1)
     masked = layout.ids_mask is not None and layout.ids_mask.shape == ids.shape
     mask_id = layout.ids_mask.to(device).contiguous() if masked and layout.ids_mask is not None else ids
-    words, index = _words(layout, device), _index(layout, device)
-    return Rows(layout.tile, counts, ids, counts, mask_id, words, index, ids.shape[-1], masked, _steps(index))
+    bits, index = words(layout, device), _index(layout, device)
+    return Rows(layout.tile, counts, ids, counts, mask_id, bits, index, ids.shape[-1], masked, _steps(index))
 
 
 def _index(layout: TileLayout, device: torch.device) -> Tensor:
@@ -175,8 +176,8 @@ def _inverted(layout: TileLayout, device: torch.device) -> Rows:
     mask_id = torch.zeros_like(first) if layout.ids_mask is None else layout.ids_mask.to(device).reshape(-1)[order]
     bits, index = _turned(layout.bits.to(device), layout.tile), _index(layout, device)
     turned = (layout.tile[1], layout.tile[0])
-    words = _as_words(bits, turned)
-    return Rows(turned, rows, first, torch.ones_like(first), mask_id, words, index, 0, True, _steps(index))
+    found = _as_words(bits, turned)
+    return Rows(turned, rows, first, torch.ones_like(first), mask_id, found, index, 0, True, _steps(index))
 
 
 def _turned(bits: Tensor, tile: tuple[int, int]) -> Tensor:
@@ -187,7 +188,8 @@ def _turned(bits: Tensor, tile: tuple[int, int]) -> Tensor:
     return (dense.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
 
 
-def _words(layout: TileLayout, device: torch.device) -> Tensor:
+def words(layout: TileLayout, device: torch.device) -> Tensor:
+    """The bitmaps of a layout as the kernels read them."""
     return _as_words(layout.bits.to(device), layout.tile)
 
 
@@ -212,7 +214,7 @@ def packs(layout: TileLayout, group: int) -> int:
         return 1
     most = max(n for n in range(1, group + 1) if group % n == 0 and n * bm <= 128)
     heads = layout.index.shape[1]
-    return most if heads == 1 else _kept(layout, ("packs", group), lambda: most if same(layout, group) else 1)
+    return most if heads == 1 else kept(layout, ("packs", group), lambda: most if same(layout, group) else 1)
 
 
 def work_of(
@@ -244,7 +246,7 @@ def work_of(
         int32 ``(batch * packs * rows,)``: ``(b * packs + pack) * rows + row``.
     """
     name = ("work", packs, batch, key_bytes, device, keys, turn)
-    return _kept(layout, name, lambda: _ordered(layout, packs, batch, key_bytes, device, keys, turn))
+    return kept(layout, name, lambda: _ordered(layout, packs, batch, key_bytes, device, keys, turn))
 
 
 def _ordered(

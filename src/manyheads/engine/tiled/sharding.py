@@ -152,12 +152,15 @@ def _cut_layout(layout: TileLayout, plan: Plan) -> TileLayout:
     index = layout.index[cuts[0], cuts[1]].contiguous()
     fields: dict[str, Any] = {}
     if layout.ids is not None:
-        # in this storage the index counts the rows of ids, which several query heads may share
-        group = layout.index.shape[HEADS] // layout.ids.shape[HEADS]
-        index = torch.arange(index.numel(), dtype=index.dtype, device=index.device).view(index.shape)
+        # in this storage the index counts the lists of ids, each of which may serve several neighbouring heads
+        each = layout.index.shape[HEADS] // max(1, layout.ids.shape[HEADS])
+        lists = torch.arange(layout.index.shape[HEADS], device=index.device)[cuts[1]] // max(1, each)
+        own = slice(int(lists[0]), int(lists[-1]) + 1) if len(lists) else slice(0)
+        entries = torch.arange(index.shape[0], device=index.device)[:, None]
+        index = (entries * (own.stop - (own.start or 0)) + lists - (own.start or 0)).to(index.dtype)
         for name in ("ids", "ids_count", "ids_mask"):
             t = getattr(layout, name)
-            fields[name] = None if t is None else t.repeat_interleave(group, 1)[cuts[0], cuts[1]].contiguous()
+            fields[name] = None if t is None else t[cuts[0], own].contiguous()
     for name in ("q_pos", "k_pos"):
         t = getattr(layout, name)
         fields[name] = t if t is None or t.dim() == 1 else t[batch].contiguous()

@@ -12,8 +12,7 @@ torch's fused kernel is the fastest way to average, tiles cannot be dropped insi
    is known from below only: that can prove a tile skipped, never kept.
 3. What lies between the bounds is decided by scoring those rows exactly.
 
-The result is the rule itself, not an approximation of it. In float32, where products are slow and passes over them
-are not, only step 1 is taken: what it leaves open is decided on the way.
+The result is the rule itself, not an approximation of it, in every dtype: wider inputs only widen the bounds.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from ...mask.ids import index_of, settle
 from ...mask.layout import TileLayout
 from ...mask.runs import expand
 from ..scratch import borrowed
-from . import products
+from . import flash, products
 from .problem import Problem
 
 _CHUNK = 1 << 20  # exact scores in memory together
@@ -53,20 +52,15 @@ def serves(p: Problem) -> bool:
 
 
 def narrowed(p: Problem) -> Problem:
-    """The problem on the tiles that it keeps, without a threshold; or as it is, where that is not worth finding out.
+    """The problem on the tiles that it keeps, without a threshold.
 
     Args:
-        p: A problem of plain softmax scores with a threshold.
+        p: A problem that :func:`serves`.
 
     Returns:
         A problem of the same result.
     """
-    if p.q.dtype == torch.bfloat16:
-        return replace(p, layout=kept_layout(p), skip_threshold=0.0)
-    tiles, masks = _tile_ids(p.layout), _hidden_pairs(p.layout)
-    if all(group.certify() for _, _, group in _groups(p, tiles, masks)):
-        return replace(p, skip_threshold=0.0)
-    return p
+    return replace(p, layout=kept_layout(p), skip_threshold=0.0)
 
 
 def whole(p: Problem) -> tuple[Tensor, Tensor] | None:
@@ -80,16 +74,26 @@ def whole(p: Problem) -> tuple[Tensor, Tensor] | None:
 
 def kept_layout(p: Problem) -> TileLayout:
     """The layout of the tiles that a problem keeps: its own where that is all of them."""
-    tiles = _tile_ids(p.layout)
-    kept = kept_tiles(p, tiles)
-    sets = p.layout.index.expand(p.q.shape[:2]).long()
-    visited = (tiles >= 0)[sets]
-    if torch.equal(kept, visited):
-        return p.layout
+    return only(p.layout, kept_tiles(p, _tile_ids(p.layout)))
+
+
+def only(layout: TileLayout, kept: Tensor) -> TileLayout:
+    """Some tiles of a layout.
+
+    Args:
+        layout: On the CPU.
+        kept: bool ``(B, Hq, Tq, Tk)``, True for visited tiles only.
+
+    Returns:
+        Them with their bitmaps; the same layout where that is all of them.
+    """
+    tiles, sets = _tile_ids(layout), layout.index.expand(kept.shape[:2]).long()
+    if torch.equal(kept, (tiles >= 0)[sets]):
+        return layout
     ids, counts, masks = settle(torch.where(kept, torch.arange(kept.shape[3], dtype=torch.int32), -1), tiles[sets])
     most = max(1, int(counts.max()))
     return replace(
-        p.layout,
+        layout,
         index=index_of(kept.shape[:2], 1),
         ids=ids[..., :most].contiguous(),
         ids_count=counts,
@@ -97,6 +101,42 @@ def kept_layout(p: Problem) -> TileLayout:
         batch=kept.shape[0],
         heads=kept.shape[1],
     )
+
+
+def gaps(q: Tensor, k: Tensor, layout: TileLayout, scale: float) -> Tensor:
+    """How far each tile's best score lies below the best one so far, in the row where that is least.
+
+    A threshold skips the tiles whose gap is below its logarithm; so one pass tells what every threshold would skip.
+
+    Args:
+        q: ``(B, Hq, Nq, D)``.
+        k: ``(B, Hkv, Nk, D)``.
+        layout: The tiles of a call, visited in the order of their keys.
+        scale: Multiplies the products.
+
+    Returns:
+        ``(B, Hq, Tq, Tk)`` in float32 (float64 for float64), at most 0; ``-inf`` for tiles that nobody sees, and NaN
+        for tiles that are not visited.
+    """
+    (bm, bn), (batch, heads), group = layout.tile, q.shape[:2], q.shape[1] // max(1, k.shape[1])
+    tiles, masks = _tile_ids(layout).to(q.device), _hidden_pairs(layout).to(q.device)
+    sets, tail = layout.index.expand(batch, heads).tolist(), k.shape[2] % bn
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    found = q.new_full((batch, heads, *layout.grid), math.nan, dtype=wide)
+    for b, h, row in np.ndindex(batch, heads, layout.grid[0]):
+        ids = tiles[sets[b][h], row]
+        at = (ids >= 0).nonzero()[:, 0]
+        if not len(at):
+            continue
+        keys = pad(k[b, h // group], (0, 0, 0, -k.shape[2] % bn)).unflatten(0, (-1, bn))[at].flatten(0, 1)
+        s = products.scores(q[b, h, row * bm : (row + 1) * bm][None], keys[None])[0].unflatten(1, (-1, bn)) * scale
+        if tail and int(at[-1]) == layout.grid[1] - 1:
+            s[:, -1, tail:] = -math.inf
+        for x in (ids[at] > 0).nonzero()[:, 0].tolist():
+            s[:, x].masked_fill_(masks[int(ids[at[x]]) - 1, : len(s)], -math.inf)
+        top = s.amax(-1)
+        found[b, h, row, at] = (top - top.cummax(-1).values).nan_to_num(nan=-math.inf).amax(0)
+    return found
 
 
 def kept_tiles(p: Problem, tiles: Tensor | None = None) -> Tensor:
@@ -167,7 +207,7 @@ class _Group:
         """Keeps what the last query of each tile needs; whether nothing is left open."""
         heads, rows = self.tiles.shape[:2]
         last = (torch.arange(1, rows + 1) * self.bm).clamp(max=self.q.shape[1]) - 1
-        self._settle_exactly(torch.arange(heads).repeat_interleave(rows), last.repeat(heads))
+        self._settle_exactly(torch.arange(heads).repeat(rows), last.repeat_interleave(heads))
         return not self.open.any()
 
     def _screen(self, row: int, everything: bool) -> _Open:
@@ -232,20 +272,22 @@ class _Group:
 
     def _near(self, h: Tensor, i: Tensor) -> Tensor:
         """Which tiles some rows need: bool ``(R, Tk)``."""
-        n = self.tiles.shape[2]
-        out = torch.empty(len(h), n, dtype=torch.bool)
-        step = max(1, _CHUNK // (n * self.bn))
-        keys = self.keys.flatten(0, 1)[None]
+        out = torch.zeros(len(h), len(self.keys), dtype=torch.bool)
+        step = max(1, _CHUNK // (len(self.keys) * self.bn))
         for start in range(0, len(h), step):
             part = slice(start, start + step)
-            s = products.scores(self.q[h[part], i[part]][None], keys)[0].view(-1, n, self.bn)
-            if self.tail:
-                s[:, -1, self.tail :] = -math.inf
             tiles = self.tiles[h[part], i[part] // self.bm]
+            if not (tiles >= 0).any():
+                continue
+            n = int((tiles >= 0).any(0).nonzero().amax()) + 1
+            tiles, keys = tiles[:, :n], self.keys[:n].flatten(0, 1)
+            s = products.scores(self.q[h[part], i[part]][None], keys[None])[0].view(-1, n, self.bn)
+            if self.tail and n == len(self.keys):
+                s[:, -1, self.tail :] = -math.inf
             r, t = (tiles > 0).nonzero(as_tuple=True)
             s[r, t] = s[r, t].masked_fill_(self.masks[tiles[r, t].long() - 1, i[part][r] % self.bm], -math.inf)
             top = s.amax(-1).masked_fill_(tiles < 0, -math.inf).mul_(self.scale)
-            out[part] = (top - top.cummax(-1).values >= self.floor) & (top > -math.inf)
+            out[part, :n] = (top - top.cummax(-1).values >= self.floor) & (top > -math.inf)
         return out
 
     def _tops(self, row: int, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,8 +302,10 @@ class _Group:
         seen = first.amax(1)[0].float()
         length = q.float().norm(dim=-1) * self.reach
         slack = _CANCELLED * (2 * length - self.floor / self.scale)
+        if self.q.dtype != torch.bfloat16:
+            slack += 1.01 * _ROUNDING * length  # of the inputs
         lift = 2 * slack - self.floor / self.scale - (seen - seen.abs() * _ROUNDING)
-        lift = torch.where(seen == -math.inf, length, lift)
+        lift = torch.where(seen == -math.inf, length + 2 * slack, lift)
         coarse = lift.to(q.dtype)
         lifted = torch.cat([q, torch.stack([coarse, (lift - coarse).to(q.dtype)], -1)], -1).flatten(0, 1).T
         parts = at.split(max(1, _KEYS // self.bn))
@@ -316,20 +360,25 @@ def _tile_ids(layout: TileLayout) -> Tensor:
 
 def _shape_of(layout: TileLayout) -> bool | None:
     """Whether a layout is causal over equally many queries and keys (True), everything (False), or else (None)."""
-    if "_whole" not in layout.__dict__:
+    if "_shape" not in layout.__dict__:
         one, n = layout.ids is None and layout.sets == 1, layout.nq
         pairs = layout.pairs // max(1, layout.batch * layout.heads) if one else -1
         found = False if pairs == n * layout.nk else None
-        if one and n == layout.nk and pairs == n * (n + 1) // 2 and n * n <= _LOOKED_AT * pairs:
-            found = True if _is_causal(layout) else None
-        layout.__dict__["_whole"] = found
-    return layout.__dict__["_whole"]
+        if n == layout.nk and pairs == n * (n + 1) // 2 and _sees_nothing_later(layout):
+            found = True
+        layout.__dict__["_shape"] = found
+    shape: bool | None = layout.__dict__["_shape"]
+    return shape
 
 
-def _is_causal(layout: TileLayout) -> bool:
-    """Whether no pair above the diagonal is visible, tile by tile."""
+def _sees_nothing_later(layout: TileLayout) -> bool:
     bm, bn = layout.tile
     tiles, hidden = _tile_ids(layout)[0], _hidden_pairs(layout)
     row, column = (tiles >= 0).nonzero(as_tuple=True)
-    later = column[:, None, None] * bn + torch.arange(bn) > (row[:, None] * bm + torch.arange(bm))[..., None]
+    later = ((column + 1) * bn).clamp(max=layout.nk) - 1 > row * bm
+    kinds = torch.stack([tiles[row, column].long(), column * bn - row * bm])[:, later].unique(dim=1)
+    for id, ahead in kinds.T.tolist():
+        beyond = torch.arange(bn) + ahead > torch.arange(bm)[:, None]
+        if not id or not (hidden[id - 1] | ~beyond).all():
+            return False
     return True

@@ -73,7 +73,7 @@ def top_k(
     scores: Float[Tensor, "B H Tq Tk"],
     keep: int,
     *,
-    visible: Bool[Tensor, "*#B Tq Tk"] | None = None,
+    visible: Bool[Tensor, "*visible"] | None = None,
     force: Force = None,
     budgets: Integer[Tensor, " H"] | None = None,
 ) -> Int[Tensor, "B H Tq keep"]:
@@ -113,7 +113,7 @@ def top_p(
     mass: float | Float[Tensor, " H"],
     most: int | None = None,
     *,
-    visible: Bool[Tensor, "*#B Tq Tk"] | None = None,
+    visible: Bool[Tensor, "*visible"] | None = None,
     force: Force = None,
 ) -> Int[Tensor, "B H Tq most"]:
     """The fewest blocks whose softmax weights add up to a share of all, and the forced ones besides.
@@ -156,7 +156,7 @@ def above(
     threshold: float | Float[Tensor, " H"],
     most: int | None = None,
     *,
-    visible: Bool[Tensor, "*#B Tq Tk"] | None = None,
+    visible: Bool[Tensor, "*visible"] | None = None,
     force: Force = None,
 ) -> Int[Tensor, "B H Tq most"]:
     """The blocks whose score reaches a threshold, and the forced ones besides.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .blasst import blasst
 from .dsa import dsa
 from .hisa import HISA, hisa
 from .misa import MISA, misa
@@ -19,6 +20,7 @@ __all__ = [
     "MSAConfig",
     "NSAConfig",
     "Trained",
+    "blasst",
     "compress",
     "dsa",
     "hisa",

@@ -67,6 +67,7 @@ def dsa(
         DeepSeek-AI, DeepSeek-V3.2-Exp: Boosting Long-Context Efficiency with DeepSeek Sparse Attention, 2025.
 
     Example:
+        >>> import torch
         >>> q = k = v = torch.ones(1, 1, 4, 8)
         >>> index = dict(index_q=torch.ones(1, 1, 4, 2), index_k=torch.ones(1, 4, 2), index_w=torch.ones(1, 1, 4))
         >>> dsa(q, k, v, **index, keep=2, scale=0.0, return_lse=True).lse.exp().round()[0, 0]

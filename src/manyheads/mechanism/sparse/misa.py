@@ -122,8 +122,9 @@ def misa(
         tensor([0, 2], dtype=torch.int32)
     """
     SPEC.check(q, k, v, causal=True, lse=return_lse)
-    index = Index(index_q, index_k, index_w)
-    return method.attend(q, k, v, method.choose(SPEC, q, k, index, keep, config, mask), scale, return_lse, backend)
+    index = {"index_q": index_q, "index_k": index_k, "index_w": index_w}
+    ids = selection(q, k, v, **index, keep=keep, config=config, mask=mask)
+    return method.attend(q, k, v, ids, scale, return_lse, backend)
 
 
 def selection(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,11 +16,10 @@ from manyheads.engine.result import Attn
 from manyheads.engine.tiled import tiled
 from manyheads.mask import Mask, TileLayout
 from manyheads.mechanism import carrier, exact
-from manyheads.mechanism.select import Cut, Forced, cut, pairs
+from manyheads.mechanism.select import Cut, Forced, cut, index_loss, pairs
 from manyheads.spec import Case, Spec, drawn, qkv
 
 from . import per_query
-from .index_loss import index_loss
 from .per_query import best_blocks, by_block, numbered
 
 
@@ -75,7 +75,7 @@ def msa(
 
     with index queries $u$, one for each key head g, and index keys $z$, shared by all. $I$ are the ``keep`` blocks of
     highest score, the query's own among them. Scores are compared as they are: a softmax before the choice would not
-    change its order. The choice has no gradient: an index learns from :func:`index_loss` only.
+    change its order. The choice has no gradient: an index learns as :func:`train_msa` says.
 
     Args:
         q: (B, Hq, Nq, D). The last query stands at the last key.
@@ -224,7 +224,7 @@ def train_msa(
         backend: As in :func:`manyheads.attention`.
 
     Returns:
-        A :class:`Trained` pair.
+        A :class:`Trained` pair. The loss is :func:`manyheads.mechanism.select.index_loss`.
 
     Raises:
         ValueError: For shapes that do not fit, naming the argument.
@@ -241,23 +241,22 @@ def train_msa(
         >>> step.out.shape, bool(step.loss > 0)
         (torch.Size([1, 4, 50, 8]), True)
     """
-    parts, index_q, index_k = _cut(q, k, v, index_q, index_k, config, mask, scale, False)
-    own_q, own_k, own_v = parts.tensors[:3]
-    ids, layout = None, None
+    teach = functools.partial(index_loss, scale=scale, index_scale=index_scale)
+    parts, own_index_q, own_index_k = _cut(q, k, v, index_q, index_k, config, mask, scale, False)
     if warm:
-        text, positions = f"causal & window({parts.length})", per_query.far_apart(parts)
-        found = tiled(
-            own_q, own_k, own_v, text, positions=positions, scale=scale, return_lse=True, backend=backend
-        )
+        _, lens = carrier.order(SPEC, mask, q)
+        out = tiled(q, k, v, "causal" if mask is None else mask, scale=scale, backend=backend)
+        loss = teach(q, k, index_q, index_k[:, None], lens=lens)
     else:
-        ids = _choose(parts, index_q, index_k, config)
+        own_q, own_k, own_v = parts.tensors[:3]
+        ids = _choose(parts, own_index_q, own_index_k, config)
         layout = per_query.layout(ids, own_k.shape[2], config.block, q.shape[1])
-        found = tiled(own_q, own_k, own_v, layout, scale=scale, order=order, return_lse=True, backend=backend)
-    assert isinstance(found, Attn)
-    loss = index_loss(
-        own_q, own_k, index_q, index_k, found.lse, ids, parts=parts, scale=scale, index_scale=index_scale
-    )
-    return Trained(per_query.restored(parts, found.out), loss)
+        out = tiled(own_q, own_k, own_v, layout, scale=scale, order=order, backend=backend)
+        if parts.real is not None:
+            ids = ids.masked_fill(~parts.real[:, None, :, None], -1)  # padding teaches nothing
+        loss = teach(own_q, own_k, own_index_q, own_index_k[:, None], ids, block=config.block)
+    assert isinstance(out, Tensor)
+    return Trained(out if warm else per_query.restored(parts, out), loss)
 
 
 def _cut(
@@ -305,8 +304,11 @@ def _choose(parts: Cut, index_q: Tensor, index_k: Tensor, config: MSAConfig) -> 
         rows = own[:, :, some].to(wide)
         found = (rows.flatten(1, 2) @ keys[:, :use].mT).unflatten(1, rows.shape[1:3])
         at = torch.arange(some.start, some.stop, device=keys.device) + (tokens - queries)
-        later = torch.arange(use, device=keys.device) > at[:, None]
-        found = pad(found.masked_fill_(later, -torch.inf), (0, blocks * config.block - use), value=-torch.inf)
+        past = max(0, some.start + tokens - queries)  # every row sees the keys before this one
+        later = torch.arange(past, use, device=keys.device) > at[:, None]
+        found[..., past:].masked_fill_(later, -torch.inf)
+        if blocks * config.block > use:
+            found = pad(found, (0, blocks * config.block - use), value=-torch.inf)
         return found.unflatten(-1, (blocks, config.block)).amax(-1)
 
     return per_query.choose(
@@ -358,4 +360,11 @@ SPEC = Spec(
           "execution": "tiles"},
     flops=flops,
     bytes=exact.traffic,
+    evidence={
+        1: "test_msa::test_all_blocks_kept_is_causal_attention",
+        2: "test_msa::test_raw_scores_choose_what_their_softmax_would",
+        3: "test_msa::test_the_gradient_of_the_index_is_that_of_the_divergence",
+        4: "test_msa::test_the_own_block_is_in_every_row_and_none_lies_ahead",
+        5: "test_msa::test_key_heads_select_different_sets_that_their_query_heads_share",
+    },
 )  # fmt: skip

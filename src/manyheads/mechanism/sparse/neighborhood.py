@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.attention import attention
-from manyheads.common import checks
 from manyheads.common.tracing import constant
 from manyheads.engine.merge import merge
 from manyheads.engine.result import Attn
@@ -227,13 +226,15 @@ def _order(mask: Neighborhood, box: PerAxis, device: torch.device) -> tuple[Tens
 def _check_extra(extra: Extra, k: Tensor, v: Tensor) -> None:
     if not isinstance(extra, (tuple, list)) or len(extra) != 2:
         raise TypeError(f"extra: expected a pair of keys and values, got {type(extra).__name__}")
-    try:
-        checks.attention_inputs(k, *extra)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"extra: as keys and values beside k {tuple(k.shape)}: {error}") from error
-    if extra[0].shape[1] != k.shape[1] or extra[1].shape[3] != v.shape[3]:
-        got = " and ".join(str(tuple(t.shape)) for t in extra)
-        raise ValueError(f"extra: expected {k.shape[1]} key heads and values of width {v.shape[3]}, got {got}")
+    for t, own, name in zip(extra, (k, v), ("keys", "values"), strict=True):
+        if not isinstance(t, Tensor) or t.dtype != own.dtype or t.device != own.device:
+            got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"extra: expected {name} in {own.dtype} on {own.device}, got {got}")
+        if t.dim() != 4 or (*t.shape[:2], t.shape[3]) != (*own.shape[:2], own.shape[3]):
+            want = f"({own.shape[0]}, {own.shape[1]}, E, {own.shape[3]})"
+            raise ValueError(f"extra: expected {name} of shape {want}, got {tuple(t.shape)}")
+    if extra[0].shape[2] != extra[1].shape[2]:
+        raise ValueError(f"extra: expected as many values as keys, got {extra[1].shape[2]} and {extra[0].shape[2]}")
 
 
 def _axis(length: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:

@@ -71,7 +71,7 @@ def neighborhood_scores(
     mask = grid_mask(q, shape, window, stride, dilation, causal)
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"k: expected the N={q.shape[2]} tokens of q, got {k.shape[2]}")
-    steps = _plan(mask)
+    steps = _plan(shape, window, stride, dilation, causal)
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
     parts = []
@@ -84,7 +84,9 @@ def neighborhood_scores(
     s = torch.cat(parts, dim=2).index_select(2, steps.inverse.to(q.device))
     s = s * (q.shape[3] ** -0.5 if scale is None else scale)
     if table is not None:
-        s = s + _biases(mask, table, q)
+        _check_table(table, q, mask)
+        index = _away(shape, window, stride, dilation, causal).to(table.device)
+        s = s + table.flatten(1).index_select(1, index.flatten()).unflatten(1, tuple(index.shape))
     return s if steps.seen is None else s.masked_fill(~steps.seen.to(q.device), -math.inf)
 
 
@@ -121,7 +123,7 @@ def neighborhood_average(
     if weights.shape[2:] != (v.shape[2], math.prod(mask.window)) or weights.shape[1] % v.shape[1]:
         want = f"(B, Hq, N={v.shape[2]}, P={math.prod(mask.window)}), Hq a multiple of {v.shape[1]}"
         raise ValueError(f"weights: expected {want}, got {tuple(weights.shape)}")
-    steps = _plan(mask)
+    steps = _plan(shape, window, stride, dilation, causal)
     if steps.seen is not None:
         weights = weights.masked_fill(~steps.seen.to(weights.device), 0.0)
     groups = weights.shape[1] // v.shape[1]
@@ -153,8 +155,14 @@ class _Steps(NamedTuple):
 
 
 @constant
+def _plan(
+    shape: Sequence[int], window: PerAxis, stride: PerAxis, dilation: PerAxis, causal: bool | Sequence[bool]
+) -> _Steps:
+    return _made(Neighborhood(shape, window, stride, dilation, causal))
+
+
 @functools.lru_cache(maxsize=32)
-def _plan(mask: Neighborhood) -> _Steps:
+def _made(mask: Neighborhood) -> _Steps:
     box = cheapest_box(mask, _HEADS)[1] or mask.stride
     parts = []
     for kind in make_plan(mask, box).kinds:
@@ -176,17 +184,20 @@ def _plan(mask: Neighborhood) -> _Steps:
 _HEADS = 4  # that boxes are chosen for; any choice is right
 
 
-def _biases(mask: Neighborhood, table: Tensor, q: Tensor) -> Tensor:
-    """``(Hq, N, P)``: the entry of the table for each query and place."""
+def _check_table(table: Tensor, q: Tensor, mask: Neighborhood) -> None:
     want = (q.shape[1], *(2 * w - 1 for w in mask.window))
     if not isinstance(table, Tensor) or tuple(table.shape) != want:
         got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
         raise ValueError(f"table: expected shape (Hq, 2 window - 1 per axis) = {want}, got {got}")
-    index = _distances(mask).to(table.device)
-    return table.flatten(1).index_select(1, index.flatten()).unflatten(1, tuple(index.shape))
 
 
 @constant
+def _away(
+    shape: Sequence[int], window: PerAxis, stride: PerAxis, dilation: PerAxis, causal: bool | Sequence[bool]
+) -> Tensor:
+    return _distances(Neighborhood(shape, window, stride, dilation, causal))
+
+
 @functools.lru_cache(maxsize=32)
 def _distances(mask: Neighborhood) -> Tensor:
     """int64 ``(N, P)``: which entry of a flattened table belongs to each query and place."""

@@ -144,10 +144,11 @@ def nsa(
     gates = (gate_compressed, gate_selected, gate_window)
     inputs = _Inputs.of(q, k, v, gates, compression, config, mask, scale)
     compressed, ids = inputs.compressed(backend), None
-    outs = [compressed.out]
     ids = inputs.choose(compressed.lse)
     own = per_query.layout(ids, inputs.k.shape[2], config.block, q.shape[1])
-    outs.append(tiled(inputs.q, inputs.k, inputs.v, own, scale=inputs.scale, order=order, backend=backend))
+    chosen = tiled(inputs.q, inputs.k, inputs.v, own, scale=inputs.scale, order=order, backend=backend)
+    assert isinstance(chosen, Tensor)
+    outs = [compressed.out, chosen]
     if config.window:
         outs.append(inputs.near(backend))
     return _gated([per_query.restored(inputs.parts, out) for out in outs], gates)
@@ -214,7 +215,7 @@ def reference(
         q_at = at if queries == keys else torch.arange(keys - queries, keys, device=q.device)
         q, k, ck = config.rope(q, q_at), config.rope(k, at), config.rope(ck, at - begin)
     seen = allowed & ends[:, None, None]
-    out, lse = exact.reference(q, ck, cv, mask=seen, scale=scale, return_lse=True)  # type: ignore[misc]
+    out, lse = exact.reference(q, ck, cv, mask=seen, scale=scale, return_lse=True)
     outs = [out]
     if chosen is None:
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -231,11 +232,11 @@ def reference(
         table = best.gather(3, index).repeat_interleave(heads // k.shape[1], 1) & allowed
     else:
         table = pairs(chosen, q, k) & allowed
-    outs.append(exact.reference(q, k, v, mask=table, scale=scale))  # type: ignore[arg-type]
+    outs.append(exact.reference(q, k, v, mask=table, scale=scale))
     if config.window:
         distance = torch.arange(queries)[:, None] + (keys - queries) - torch.arange(keys)
         near = allowed & (distance < config.window).to(q.device)
-        outs.append(exact.reference(q, k, v, mask=near, scale=scale))  # type: ignore[arg-type]
+        outs.append(exact.reference(q, k, v, mask=near, scale=scale))
     return _gated(outs, (gate_compressed, gate_selected, gate_window))
 
 
@@ -443,7 +444,7 @@ def _check(q: Tensor, gates: tuple[Tensor | None, ...]) -> None:
         if not isinstance(gate, Tensor) or not gate.is_floating_point():
             got = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
             raise TypeError(f"{name}: expected a floating tensor (B, Hq, Nq), got {got}")
-        if tuple(gate.shape) not in ((q.shape[0], n, q.shape[2]) for n in (1, q.shape[1])):
+        if tuple(gate.shape) not in [(q.shape[0], n, q.shape[2]) for n in (1, q.shape[1])]:
             raise ValueError(f"{name}: expected shape {tuple(q.shape[:3])}, got {tuple(gate.shape)}")
 
 
@@ -488,9 +489,17 @@ SPEC = Spec(
     gates={"gate_compressed": "BHQ", "gate_selected": "BHQ", "gate_window": "BHQ"},
     backends=("reference", "blocked"),
     supports={"causal_self", "causal_cross", "gqa", "value_width", "backward"},
-    invariances=("packed", "batch", "heads", "causal_selection"),
+    invariances=("packed", "batch", "heads", "causal_selection", "own_selected", "first_selected"),
     axes={"carrier": "windows, blocks chosen by them, latest keys", "kernel": "exp", "estimator": "average",
           "execution": "tiles"},
     flops=flops,
     bytes=exact.traffic,
+    evidence={
+        1: ("test_nsa::test_key_outer_query_outer_and_a_dense_mask_agree",
+            "test_nsa::test_the_whole_mechanism_is_the_same_in_both_orders"),
+        2: "test_nsa::test_all_blocks_kept_is_causal_attention",
+        3: "test_nsa::test_a_sequence_shorter_than_a_window_has_no_compressed_branch",
+        4: "test_nsa::test_packed_sequences_equal_separate_calls",
+        5: "test_nsa::test_gates_of_zero_leave_the_selected_branch_alone",
+    },
 )  # fmt: skip

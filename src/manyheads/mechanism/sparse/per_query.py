@@ -12,7 +12,7 @@ from manyheads.common.errors import UnsupportedError
 from manyheads.mask import Causal, Mask, TileLayout, as_mask
 from manyheads.mechanism.select import Cut, Forced, top_k
 
-_SCORES = 1 << 23  # scores held at a time
+_SCORES = 1 << 21  # scores held at a time
 _CAUSAL = Causal()
 
 

@@ -80,7 +80,7 @@ def exponential(x, EXP: tl.constexpr, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """Accurate near 0, where the quotient of exponentials cancels."""
     y = tl.abs(x)
     t = tl.exp2(y * (-2.0 * LOG2E))
@@ -227,7 +227,7 @@ def finish_scores(
     if not FAST:
         s *= numbers[0]
     if SOFTCAP:
-        t = _tanh(s / numbers[2])
+        t = tanh(s / numbers[2])
         s = numbers[2] * t
         slope = 1.0 - t * t
     b, h, i, j, q_pos, k_pos = at

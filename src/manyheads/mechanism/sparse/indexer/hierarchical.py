@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,11 +11,13 @@ from .tile import Tile, gathered_scores
 from .topk import top_tokens
 
 FEW = 4
-"""Up to so many queries on a CPU, the blocks that any of them chose are gathered and scored for all."""
-STEP = 5
+"""Up to so many queries on a CPU, the blocks that any of them chose are scored for all."""
+SHARED = 0.6
+"""Beyond so many queries: so are blocks that this share of them chose."""
+STEP = 16
 """What one product and its passes cost beside their work, in blocks scored for one query."""
-RUN = 8
-"""Blocks that are scored at once, at most."""
+STRIP = 256
+"""Blocks times queries that are scored in one step, where more than one block is."""
 
 
 def candidates(tile: Tile, means: Tensor, block: int, blocks: int) -> Tensor:
@@ -60,73 +59,79 @@ def select(tile: Tile, means: Tensor, block: int, blocks: int) -> Tensor:
 def _by_blocks(tile: Tile, chosen: Tensor, block: int) -> Tensor:
     """``(Q, m * block)``: scores of the tokens of each query's blocks, in the order of the list."""
     queries, slots = chosen.shape
-    scores = tile.scratch("candidates", (queries * slots, block), tile.q).fill_(-torch.inf)
-    # where the scores of a block go, by query: its place in the list
-    place = np.full((queries, -(-tile.k.shape[0] // block)), -1)
+    rest = queries * slots  # a row for what nobody wants
+    scores = tile.scratch("candidates", (rest + 1, block), tile.q).fill_(-torch.inf)
+    place = np.full((queries, -(-tile.k.shape[0] // block)), rest)  # where the scores of a block go, for each query
     row, slot = np.nonzero(chosen.numpy() >= 0)
     place[row, chosen.numpy()[row, slot]] = row * slots + slot
-    wanted = place >= 0
-    for numbers, rows in _together(wanted):
-        q, w = tile.q, tile.w
-        if len(rows) < queries:
-            which = torch.from_numpy(rows)
-            q = tile.scratch("some queries", (len(rows), *q.shape[1:]), q)
-            torch.index_select(tile.q.flatten(1), 0, which, out=q.flatten(1))
-            w = w.index_select(0, which)
-        keys = _keys(tile, numbers, block)
-        found = score_piece(q, keys, w, tile.scratch)
-        if keys.shape[0] < len(numbers) * block:  # the last block of all has fewer tokens
-            whole = tile.scratch("whole blocks", (len(rows), len(numbers) * block), q).fill_(-torch.inf)
-            whole[:, : keys.shape[0]] = found
-            found = whole
-        to = place[np.ix_(rows, numbers)].reshape(-1)
-        found = found.view(-1, block)
-        if (to < 0).any():
-            found, to = found[torch.from_numpy(to >= 0)], to[to >= 0]
-        scores.index_copy_(0, torch.from_numpy(to), found)
+    order, steps = plan(place < rest)
+    place, keys = place[:, order], _Blocks(tile, block)
+    for start, stop, rows in steps:
+        q, w, to = tile.q, tile.w, place[:, start:stop]
+        if rows is not None:
+            some = tile.scratch("some queries", (len(rows), *q.shape[1:]), q)
+            torch.index_select(q.flatten(1), 0, torch.from_numpy(rows), out=some.flatten(1))
+            q, w, to = some, w.index_select(0, torch.from_numpy(rows)), to[rows]
+        found = score_piece(q, keys(order[start:stop]), w, tile.scratch)
+        if found.shape[1] < (stop - start) * block:  # the last block of all has fewer tokens
+            found = torch.nn.functional.pad(found, (0, (stop - start) * block - found.shape[1]), value=-torch.inf)
+        scores.index_copy_(0, torch.from_numpy(to.reshape(-1)), found.view(-1, block))
     last = (chosen >= 0).sum(1) - 1  # the own block is the last of the list
-    ends = (tile.seen - 1) % block
-    ahead = torch.arange(block) > ends[:, None]
     own = torch.arange(queries) * slots + last
+    ahead = torch.arange(block) > ((tile.seen - 1) % block)[:, None]
     scores.index_copy_(0, own, scores[own].masked_fill_(ahead, -torch.inf))
-    return scores.view(queries, slots * block)
+    return scores[:rest].view(queries, slots * block)
 
 
-def _keys(tile: Tile, numbers: np.ndarray, block: int) -> Tensor:
+class _Blocks:
     """The keys of some blocks one after the other; neighbours are not copied."""
-    first, last = int(numbers[0]), int(numbers[-1])
-    if last - first == len(numbers) - 1:
-        return tile.k[first * block : (last + 1) * block]
-    tokens = torch.from_numpy((numbers[:, None] * block + np.arange(block)).reshape(-1))
-    return tile.k.index_select(0, tokens[tokens < tile.k.shape[0]])
+
+    def __init__(self, tile: Tile, block: int) -> None:
+        whole = tile.k.shape[0] // block
+        self.block, self.k, self.scratch = block, tile.k, tile.scratch
+        self.wide = tile.k[: whole * block].reshape(whole, -1)
+
+    def __call__(self, numbers: np.ndarray) -> Tensor:
+        first, last = int(numbers[0]), int(numbers[-1])
+        if last - first == len(numbers) - 1:
+            return self.k[first * self.block : (last + 1) * self.block]
+        some = self.scratch("some keys", (len(numbers), self.wide.shape[1]), self.k)
+        torch.index_select(self.wide, 0, torch.from_numpy(numbers), out=some)
+        return some.view(-1, self.k.shape[1])
 
 
-def _together(wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Which blocks to score for which queries in one step, given ``(Q, M)`` what each query wants."""
-    queries = len(wanted)
-    if queries <= FEW:
-        numbers = np.flatnonzero(wanted.any(0))
-        for start in range(0, len(numbers), 2 * RUN):
-            yield numbers[start : start + 2 * RUN], np.arange(queries)
-        return
-    count, start = wanted.sum(0), 0
-    while start < len(count):
-        if not count[start]:
-            start += 1
-            continue
-        rows, stop = wanted[:, start], start + 1
-        for stop in range(start + 1, min(start + RUN, len(count)) + 1):
-            if stop == len(count) or stop == start + RUN:
+def plan(wanted: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray | None]]]:
+    """Which blocks to score for which queries, step by step.
+
+    Blocks that most queries chose are scored for all of them. Others are put together with their neighbours while
+    that wastes less than a step costs. The last block, which may have fewer tokens, has a step of its own.
+
+    Args:
+        wanted: bool ``(Q, M)``.
+
+    Returns:
+        The order of blocks, int64; and steps: begin and end in that order, and the queries or None for all.
+    """
+    queries, blocks = wanted.shape
+    count = wanted.sum(0)
+    shared = count > (0 if queries <= FEW else SHARED * queries)
+    shared[-1] = False
+    others = np.flatnonzero(~shared & (count > 0))
+    order, border, most = np.concatenate((np.flatnonzero(shared), others)), int(shared.sum()), max(1, STRIP // queries)
+    steps: list[tuple[int, int, np.ndarray | None]] = [
+        (start, min(start + most, border), None) for start in range(0, border, most)
+    ]
+    packed = np.packbits(wanted[:, others], axis=0).T
+    sets = [int.from_bytes(column.tobytes()) for column in packed]
+    start = 0
+    while start < len(sets):
+        rows, stop = sets[start], start + 1
+        while stop < len(sets) and others[stop] < blocks - 1:
+            both, size = rows | sets[stop], stop - start
+            units = both.bit_count() * (size + 1)
+            if units > STRIP or units - rows.bit_count() * size - sets[stop].bit_count() > STEP:
                 break
-            both = rows | wanted[:, stop]
-            wasted = both.sum() * (stop - start + 1) - rows.sum() * (stop - start) - count[stop]
-            if wasted > STEP:
-                break
-            rows = both
-        yield np.arange(start, stop), np.flatnonzero(rows)
+            rows, stop = both, stop + 1
+        steps.append((border + start, border + stop, np.flatnonzero(wanted[:, others[start:stop]].any(1))))
         start = stop
-
-
-def steps(wanted: np.ndarray) -> int:
-    """Products that scoring takes, for reports and tests."""
-    return sum(1 for _ in itertools.chain(_together(wanted)))
+    return order, steps

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from manyheads.engine.scratch import Scratch
 
-from .scoring import score_rows
+from .scoring import score_piece, score_rows
 from .topk import top_tokens
 
+GATHERED = 2**18
+"""Keys that are gathered at once for some queries on a GPU."""
 SPAN = 2**19
 """Keys whose scores are kept at once."""
 
@@ -59,9 +61,10 @@ class Tile:
         best: tuple[Tensor, Tensor] | None = None
         for start in range(0, self.k.shape[0], SPAN):
             scores = score_rows(self.q, self.k[start : start + SPAN], self.w, self.scratch)
-            token = torch.arange(max(self.first, start), start + scores.shape[1], device=scores.device)
-            if len(token):
-                scores[:, -len(token) :].masked_fill_(token >= self.seen[:, None], -torch.inf)
+            stop = start + scores.shape[1]
+            if stop > self.first:  # some of these keys lie ahead of some queries
+                token = torch.arange(max(self.first, start), stop, device=scores.device)
+                scores[:, max(self.first, start) - start :].masked_fill_(token >= self.seen[:, None], -torch.inf)
             ids = top_tokens(scores, self.keep)
             if self.k.shape[0] > SPAN:
                 found = ids + start, scores.gather(1, ids.clamp(min=0)).masked_fill_(ids < 0, -torch.inf)
@@ -89,7 +92,13 @@ def gathered_scores(tile: Tile, ids: Tensor) -> Tensor:
     Returns:
         ``(Q, C)``, ``-inf`` where there is none.
     """
-    keys = tile.k.index_select(0, ids.clamp(min=0).flatten()).unflatten(0, ids.shape)
-    products = torch.bmm(tile.q, keys.to(tile.q.dtype).mT).relu_()
-    scores = torch.bmm(tile.w[:, None], products)[:, 0]
+    known, scores = ids.clamp(min=0), tile.q.new_empty(ids.shape)
+    some = 1 if tile.q.device.type == "cpu" else max(1, GATHERED // ids.shape[1])
+    for start in range(0, tile.queries, some):
+        at, q, w = (t[start : start + some] for t in (known, tile.q, tile.w))
+        if some == 1:
+            scores[start] = score_piece(q, tile.k.index_select(0, at[0]), w, tile.scratch)[0]
+            continue
+        keys = tile.k.index_select(0, at.flatten()).unflatten(0, at.shape).to(q.dtype)
+        scores[start : start + some] = torch.bmm(w[:, None], torch.bmm(q, keys.mT).relu_())[:, 0]
     return scores.masked_fill_(ids < 0, -torch.inf)

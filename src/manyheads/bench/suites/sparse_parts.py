@@ -1,0 +1,216 @@
+"""What only the bars of sparse attention measure: indexers, skipped tiles, a neighbourhood against its prediction."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manyheads import attention
+from manyheads.bench import device, loss
+from manyheads.bench.environment import version
+from manyheads.bench.oracle import visible
+from manyheads.bench.row import Row
+from manyheads.bench.structure import Shape
+from manyheads.bench.suite import Case, Context, Options
+from manyheads.bench.suites import real
+from manyheads.bench.suites.sparse import DENSE, SDPA, Way, mechanism
+from manyheads.bench.timing import interleave
+from manyheads.mask import Neighborhood, as_mask
+from manyheads.mechanism.sparse.hisa import HISA
+from manyheads.mechanism.sparse.indexer import TUNINGS, Index, clustered_index, flat_scan_of, index_tokens, recall
+from manyheads.mechanism.sparse.misa import MISA
+
+FLAT = "flat-tuned"
+QUERIES = 64
+"""Queries that are indexed together, the last of the keys."""
+INDEX_HEADS = 64
+SPREAD = 1.0
+"""Deviation of clustered index keys around their centres, in units of that of the centres."""
+NOTHING, LAMBDAS = 1e-30, (1e-3, 1e-2, 1e-1)
+"""A threshold that skips nothing and those that skip more and more."""
+ROWS = 128
+
+
+def _row(name: str, provider: str, where: str, **more: object) -> Row:
+    row = Row("targets", name, provider, device=device.label(where), threads=torch.get_num_threads())
+    return row.replace(version=version("torch" if provider == SDPA else "manyheads"), **more)
+
+
+def indexers(position: int, keep: int, options: Options) -> Case:
+    """The flat indexer at every tuning, HISA and MISA on clustered index keys, at the end of so many tokens.
+
+    Args:
+        position: Tokens up to the last query.
+        keep: Tokens to choose.
+        options: Budget and seed.
+
+    Returns:
+        The case: one row for the fastest flat scan, one for each other indexer with its recall of the flat choice.
+    """
+    name = f"indexers-{position}-{keep}"
+
+    def run(context: Context) -> list[Row]:
+        seed = options.seed
+        index = clustered_index(
+            position, QUERIES, heads=INDEX_HEADS, spread=SPREAD, dtype=torch.bfloat16, seed=seed
+        )
+        source = f"clustered index keys, spread {SPREAD:g}"
+        return _indexed(context, name, index, keep, source, tuned=True)
+
+    return Case("targets", name, run, 3.0 + 6.0 * position / 32_768, (FLAT, "hisa", "misa"))
+
+
+def captured_indexers(options: Options) -> Case:
+    """The indexers on what a layer of the encoder receives: its query heads, and the mean of its keys."""
+    tokens, keep = 4096, 256
+    name = f"indexers-{real.NAME}-{tokens}-{keep}"
+
+    def run(context: Context) -> list[Row]:
+        try:
+            layer = real.Layer(3).read(tokens)
+        except (ImportError, OSError, ValueError) as error:
+            return [_row(name, FLAT, "cpu").replace(status="refused", reason=str(error).splitlines()[0])]
+        q, k, _ = layer.tensors(tokens, torch.bfloat16)
+        weights = torch.ones(*q.shape[:2], QUERIES)
+        index = Index(q[:, :, -QUERIES:].contiguous(), k.float().mean(1).to(k.dtype), weights)
+        return _indexed(context, name, index, keep, f"captured from {layer.source}, {layer.name}", tuned=False)
+
+    return Case("targets", name, run, 2.0, (FLAT, "hisa", "misa"))
+
+
+def _indexed(context: Context, name: str, index: Index, keep: int, source: str, *, tuned: bool) -> list[Row]:
+    tokens, heads = index.k.shape[1], index.q.shape[1]
+    # at least a quarter of the blocks, as the card has them from 32K on, and never fewer tokens than are kept
+    blocks = max(64 if tuned else 1, -(-tokens // 128 // 4), -(-keep // 128))
+    methods = {"hisa": HISA(blocks=blocks, flat_below=0), "misa": MISA(heads=max(1, heads // 8), flat_below=0)}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for rows, piece in TUNINGS if tuned else TUNINGS[:1]:
+        calls[f"flat {rows} {piece}"] = functools.partial(_flat, index, keep, rows, piece)
+    for who, method in methods.items():
+        calls[who] = functools.partial(index_tokens, index, keep=keep, method=method)
+    context.say(f"targets/{name}: {len(calls)} indexers")
+    with torch.no_grad():
+        wanted = index_tokens(index, keep=keep)
+        recalls = {who: recall(wanted, calls[who]()) for who in methods}
+        times = interleave(calls, budget_s=context.options.seconds / 2, warm=True)
+    flat = min((who for who in calls if who not in methods), key=lambda who: times[who].median_ms)
+    base = functools.partial(_row, name, where="cpu", input=source, length=tokens, seed=context.options.seed)
+    found = [base(FLAT).replace(note=f"fastest of {len(calls) - 2}: {flat}", **times[flat].fields())]
+    for who, share in recalls.items():
+        found.append(base(who).replace(recall=share, gate="lossy", **times[who].fields()))
+    return [row.replace(shape=f"1x{heads}x{QUERIES}:{tokens}x{index.q.shape[3]}", dtype="bfloat16") for row in found]
+
+
+def _flat(index: Index, keep: int, rows: int, piece: int) -> Tensor:
+    with flat_scan_of(rows, piece):
+        return index_tokens(index, keep=keep)
+
+
+def skipping(shape: Shape, options: Options) -> Case:
+    """BLASST at thresholds that skip nothing and more and more, beside dense attention; and its error bound.
+
+    Args:
+        shape: Of the inputs, see :func:`uneven`.
+        options: Budget.
+    """
+    name = f"blasst-{shape.tokens}-{shape.dtype}"
+
+    def run(context: Context) -> list[Row]:
+        q, k, v = uneven(shape)
+        some = [mechanism("blasst", f"{t:g}", threshold=t, mask="causal") for t in (NOTHING, *LAMBDAS)]
+        calls: dict[str, Callable[[], object]] = {
+            DENSE: lambda: attention(q, k, v, mask="causal"),
+            SDPA: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        }
+        calls |= {way.setting: functools.partial(way.fn, q, k, v) for way in some}
+        base = functools.partial(_row, name, where="cpu", shape=str(shape), length=shape.tokens, dtype=shape.dtype)
+        found = {who: base(who) for who in (DENSE, SDPA)}
+        with torch.no_grad():
+            for way, threshold in zip(some, (NOTHING, *LAMBDAS), strict=True):
+                context.say(f"targets/{name}: threshold {way.setting}")
+                lost = loss.lost(way.fn, q, k, v, selection=way.choose, rows=ROWS, budget_s=None)
+                over = _over_bound(way, threshold, q, k, v)
+                row = base("blasst", setting=way.setting, gate="lossy", error=lost.worst, error_norm=lost.error)
+                found[way.setting] = row.replace(density=lost.density, area=lost.area, mass=lost.mass, measured=over)
+            times = interleave(calls, budget_s=context.options.seconds / 2, warm=True)
+        return [row.replace(**times[who].fields()) for who, row in found.items()]
+
+    return Case("targets", name, run, 2.0 + 6e-8 * shape.tokens**2, (DENSE, SDPA, "blasst"))
+
+
+def uneven(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs whose key tiles range from heavy to negligible, so that a threshold decides how many matter.
+
+    The first four keys have 14 logits for every query; the others have normal logits whose deviation is drawn for each
+    128 of them, uniformly up to 4.
+
+    Example:
+        >>> uneven(Shape(300, heads=2, kv_heads=1, width=16))[1].shape
+        torch.Size([1, 1, 300, 16])
+    """
+    q, k, v, generator = shape.plain()
+    size = 4 * torch.rand(-(-shape.tokens // 128), generator=generator).repeat_interleave(128)[: shape.tokens]
+    k *= size[:, None]
+    k[:, :, :4] = 0.0
+    k[..., -1] = 0.0
+    k[:, :, :4, -1] = 14.0
+    q[..., -1] = math.sqrt(shape.width)
+    q, k, v = shape.rounded(q, k, v)
+    return q, k, v
+
+
+def _over_bound(way: Way, threshold: float, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """The largest error over its bound ``2 n lambda / l max|v|``, in float64 over the kept keys, rows sampled."""
+    heads, n = q.shape[1], q.shape[2]
+    layout = way.choose(q, k, v)
+    rows = torch.arange(n - 1, -1, -max(1, n // 32)).flip(0)
+    seen = visible(as_mask("causal"), rows.numpy(), n, n)[0, 0]
+    worst = 0.0
+    for h in range(0, heads, max(1, heads // 2)):
+        keys, values = (t[0, h * t.shape[1] // heads].double() for t in (k, v))
+        scores = (q[0, h, rows].double() @ keys.mT / math.sqrt(q.shape[3])).masked_fill(~seen, -torch.inf)
+        kept = loss.seen(layout, 0, h, rows, n, heads) & seen
+        inside = scores.masked_fill(~kept, -torch.inf)
+        away = (scores.softmax(-1) @ values - inside.softmax(-1) @ values).abs().amax(-1)
+        total = (inside - inside.amax(-1, keepdim=True)).exp().sum(-1)
+        bound = 2 * (seen & ~kept).sum(-1) * threshold / total * values.abs().max()
+        worst = max(worst, float((away / bound.clamp(min=1e-300)).where(bound > 0, 0.0).max()))
+    return worst
+
+
+def predicted(grid: tuple[int, ...], window: int, heads: int, width: int) -> Case:
+    """A neighbourhood against plain attention: as the simulator predicts it here, and as it is.
+
+    Args:
+        grid: Sizes of the grid.
+        window: Keys along each axis.
+        heads: Heads.
+        width: Head width.
+    """
+    mask = Neighborhood(grid, window)
+    n = math.prod(grid)
+    name = f"prediction-{'x'.join(map(str, grid))}-window{window}"
+
+    def run(context: Context) -> list[Row]:
+        from manyheads.bench.planning.neighborhood import predict
+
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, heads, n, width, generator=generator) for _ in range(3))
+        calls: dict[str, Callable[[], object]] = {
+            SDPA: lambda: F.scaled_dot_product_attention(q, k, v),
+            "manyheads": lambda: attention(q, k, v, mask=mask),
+        }
+        context.say(f"targets/{name}: small calls, from which the large one is predicted")
+        foreseen = predict(mask, heads=heads, width=width)
+        with torch.inference_mode():
+            times = interleave(calls, budget_s=context.options.seconds)
+        base = functools.partial(_row, name, where="cpu", shape=f"1x{heads}x{n}x{width}", dtype="float32", length=n)
+        found = [base(who, **timing.fields()) for who, timing in times.items()]
+        return [*found, base("predicted", median_ms=foreseen.near_ms, measured=foreseen.speedup)]
+
+    return Case("targets", name, run, 3.0 + 4e-8 * n**2 * heads / 4, ("manyheads", SDPA))
