@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
 
 import parallel_tables  # noqa: E402
+import sparse_tables  # noqa: E402
 from gallery import page  # noqa: E402
 
 import manyheads  # noqa: E402
@@ -26,9 +27,9 @@ from manyheads import catalog, model, nn, parallel, spec, testing  # noqa: E402
 from manyheads.bench import store  # noqa: E402
 from manyheads.bench.planning import fit  # noqa: E402
 from manyheads.common import features as features_  # noqa: E402
-from manyheads.common import rope  # noqa: E402
-from manyheads.engine import scan, solve  # noqa: E402
-from manyheads.mechanism import linear, regression  # noqa: E402
+from manyheads.common import kmeans, rope  # noqa: E402
+from manyheads.engine import gather, scan, solve  # noqa: E402
+from manyheads.mechanism import linear, regression, select  # noqa: E402
 
 BEGIN, END = "<!-- generated: features -->", "<!-- end of generated -->"
 BEGIN_ERRORS = "<!-- generated: errors of the model -->"
@@ -133,6 +134,12 @@ def many_devices() -> str:
     return text
 
 
+def sparse_page() -> str:
+    """The page on sparse attention with its measured plane renewed."""
+    made = sparse_tables.measured(ROOT / "benchmarks" / "results")
+    return _renewed("docs/sparse.md", "<!-- generated: plane -->", made)
+
+
 def _renewed(name: str, begin: str, made: str) -> str:
     """A file with what stands between two marks replaced."""
     return _between((ROOT / name).read_text(encoding="utf-8"), begin, made)
@@ -157,11 +164,14 @@ def reference() -> str:
         ("manyheads.nn", nn, nn.__all__),
         ("manyheads.mechanism.linear", linear, linear.__all__),
         ("manyheads.mechanism.regression", regression, regression.__all__),
+        ("manyheads.mechanism.select", select, select.__all__),
+        ("manyheads.engine.gather", gather, ["gather", "refuse"]),
         ("manyheads.engine.scan", scan, scan.__all__),
         ("manyheads.engine.solve", solve, solve.__all__),
         ("manyheads.parallel", parallel, parallel.__all__),
         ("manyheads.model", model, model.__all__),
         ("manyheads.common.features", features_, _defined(features_)),
+        ("manyheads.common.kmeans", kmeans, _defined(kmeans)),
         ("manyheads.common.rope", rope, _defined(rope)),
         ("manyheads.spec", spec, _defined(spec)),
         ("manyheads.catalog", catalog, catalog.__all__),
@@ -261,6 +271,7 @@ OUTPUTS: dict[str, Callable[[], str]] = {
     "docs/parallel.md": many_devices,
     "docs/quality.md": quality,
     "docs/reference.md": reference,
+    "docs/sparse.md": sparse_page,
 }
 
 

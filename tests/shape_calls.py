@@ -68,6 +68,7 @@ def typical():
     import manyheads as mh
     from manyheads import testing
     from manyheads.common.rope import RoPE
+    from manyheads.engine.gather import gather
     from manyheads.engine.tiled import tiled
     from manyheads.integration.transformers import attention_function
     from manyheads.mechanism.regression import interpolate, ridge_regression
@@ -103,10 +104,11 @@ def typical():
     yield "transformers", functools.partial(attention_function, torch.nn.Module(), q, k, v, None)
     yield from features()
     yield from gated()
+    yield from grids()
+    yield from selectors()
     yield from chosen()
+    yield from indexed()
     yield "slope", functools.partial(interpolate, q, k, v, torch.zeros(2, 6, q.shape[3], v.shape[3]), mask="causal")
-    from manyheads.engine.gather import gather
-
     for heads in (1, 2, 6):
         ids = torch.full((1, heads, 5, 3), 8, dtype=torch.int32)
         yield "gather", functools.partial(gather, q, k, v, ids, sink=sink, return_lse=heads == 1)
@@ -160,6 +162,81 @@ def chosen():
         options = packed.options | {"mask": Document([11, 19]) & Causal()}
         yield f"{slug}, documents", functools.partial(spec.fn, *packed[:3], **options)
         yield f"{slug}, its choice in documents", functools.partial(spec.selection, *packed[:3], **options)
+
+
+def indexed():
+    """Calls of the parts of indexers that score tokens."""
+    from manyheads.mechanism.sparse import indexer
+    from manyheads.mechanism.sparse.misa import head_contributions
+
+    index, pooled = indexer.clustered_index(20, 5, heads=3, width=4), indexer.PooledKeys(8)
+    yield "scores of tokens", functools.partial(indexer.index_scores, *index)
+    yield "heads as an indexer", functools.partial(indexer.index_of_heads, index.q, index.q)
+    yield "contributions", functools.partial(head_contributions, index.q[0, :, 0], index.k[0], index.w[0, :, 0], 8)
+    ids = indexer.index_tokens(index, keep=4)
+    yield "recall", functools.partial(indexer.recall, ids, ids[..., :3])
+    yield "pooled keys", functools.partial(pooled.append, index.k)
+    for part in ("keys", "means"):
+        yield part, functools.partial(getattr, pooled, part)
+
+
+def grids():
+    """Calls of what stands beside neighbourhood attention."""
+    from manyheads import Neighborhood
+    from manyheads.mechanism import sparse
+    from manyheads.mechanism.sparse.neighborhood import grid_mask, in_order_of_boxes
+
+    q, k, v = torch.rand(2, 6, 12, 8), torch.rand(2, 2, 12, 8), torch.rand(2, 2, 12, 5)
+    grid, extra = {"shape": (3, 4), "window": 2}, (torch.rand(2, 2, 3, 8), torch.rand(2, 2, 3, 5))
+    yield "extra keys", functools.partial(sparse.neighborhood_attention, q, k, v, **grid, extra=extra)
+    weights = sparse.neighborhood_scores(q, k, **grid).softmax(-1)
+    yield "scores", functools.partial(sparse.neighborhood_scores, q, k, **grid)
+    yield "average", functools.partial(sparse.neighborhood_average, weights, v, **grid)
+    yield "mask", functools.partial(grid_mask, q, **grid)
+    yield "boxes", functools.partial(in_order_of_boxes, q, k, v, Neighborhood((3, 4), 2), box=2)
+    order = {"shape": (3, 4), "box": 2, "dilation": (1, 2)}
+    yield "permute", functools.partial(sparse.permute_tokens, q, **order)
+    moved = sparse.permute_tokens(q, **order)[0]
+    yield "unpermute", functools.partial(sparse.unpermute_tokens, moved, **order)
+
+
+def selectors():
+    """Calls of the functions that choose blocks and keys."""
+    from manyheads.common.kmeans import kmeans, nearest
+    from manyheads.mechanism import select
+
+    q, k = torch.rand(2, 6, 9, 4), torch.rand(2, 2, 9, 4)
+    for lens in (None, torch.tensor([4, 5]), torch.tensor([[4, 5], [9, 0]])):
+        parts = select.cut(lens, q, block=4)
+        yield "key padding", functools.partial(parts.key_padding, 2)
+        yield "pool", functools.partial(select.pool, parts.tensors[0], 4, real=parts.real)
+        yield "documents", functools.partial(select.block_documents, parts, 4, 2)
+    causal, own = select.block_causal(9, 9, 4, 4), select.own_blocks(9, 9, 4, 4)
+    yield "forced", functools.partial(select.Forced(1).mask, causal, own)
+    scores, keys = select.pooled_scores(q, k, q_block=4, k_block=4), select.scores_at
+    ids = select.top_k(scores, 2, visible=causal, budgets=torch.tensor([1, 2]))
+    yield "top p", functools.partial(select.top_p, scores, torch.tensor([0.5, 0.9]), 2, visible=causal)
+    yield "above", functools.partial(select.above, scores, 0.1, force=causal)
+    tokens = select.expand(ids.repeat_interleave(4, 2)[:, :, :9], 4, 9, last=torch.arange(9))
+    yield "best of a block", functools.partial(select.max_scores, q, k, k_block=4)
+    yield "refine", functools.partial(select.refine, keys(q, k, tokens), tokens, 3)
+    fine = {"blocks": 2, "ratio": 3, "count": 9}
+    yield "coarse to fine", functools.partial(select.coarse_to_fine, scores, lambda at: at.float(), 3, **fine)
+    yield "pairs", functools.partial(select.pairs, tokens, q, k)
+    found = kmeans(k, 3)
+    yield "means", functools.partial(found.means, k)
+    yield "nearest", functools.partial(nearest, k, found.centroids)
+    weights = select.centroid_weights(select.centroid_scores(q, found.centroids), found.sizes)
+    yield "centroids", functools.partial(select.nearest_centroids, q, found.centroids, 2, sizes=found.sizes)
+    yield "members", functools.partial(select.members, weights > 0.1, found.labels)
+    yield "ids", functools.partial(select.ids_of, causal[None, None])
+    yield "few bits", functools.partial(select.low_bit_scores, q, k)
+    order = select.reorder(q[..., 0], 4)
+    yield "permute", functools.partial(select.permute, k, order)
+    yield "inverse", functools.partial(select.inverse, order)
+    yield "gate of branches", functools.partial(select.gated, [q, q], torch.rand(2, 1, 9, 2))
+    yield "straight through", functools.partial(select.straight_through, q)
+    yield "index loss", functools.partial(select.index_loss, q, k, q[:, :2], k[:, :1], tokens, lens=[4, 5])
 
 
 def stepped(spec, case):

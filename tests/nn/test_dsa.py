@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from manyheads import Causal, Document
+from manyheads.common.errors import UnsupportedError
 from manyheads.mechanism.sparse import HISA, MISA
 from manyheads.mechanism.sparse.indexer import Flat
 from manyheads.nn.dsa import DSA, DSAConfig
@@ -82,7 +83,7 @@ def test_pieces_and_steps_with_a_cache_equal_one_call(method):
             out, cache = layer(part, cache=cache, return_cache=True)
             parts.append(out)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-10)
-    assert cache.latent.shape == (2, 1, 50, 16) and len(cache.index) == 50
+    assert cache.latent.shape == (2, 1, 50, 16) and len(cache.pooled) == 50
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -172,6 +173,13 @@ def test_wrong_layers_and_inputs_are_refused_by_name():
         layer_of(HISA(block=2, blocks=3))
     with pytest.raises(ValueError, match="embed_dim"):
         DSA(32, 0, config=SIZES)
+    layer, x = layer_of(), tokens()
+    _, cache = layer(x, return_cache=True)
+    with pytest.raises(UnsupportedError, match="cache: it holds one document"):
+        layer(x, mask=Document([20, 30]) & Causal(), cache=cache)
+    with pytest.raises(UnsupportedError, match="dsa does not support noncausal_self"):
+        layer(x, mask="full")
+    assert len(cache.pooled) == 50  # a call that is refused adds nothing
     with pytest.raises(ValueError, match="loss_weight"):
         DSA(32, 2, config=SIZES, loss_weight=-1.0)
     with pytest.raises(ValueError, match=r"x: expected tokens \(B, N, C=32\)"):

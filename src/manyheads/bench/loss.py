@@ -137,7 +137,7 @@ def lost(
         picked = _rows(q.shape[2], rows, seed)
         scale = given.get("scale")
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        found = _judged(q, k, v, out, chosen, order, dense, picked, scale, top)
+        found: dict[str, Any] = _judged(q, k, v, out, chosen, order, dense, picked, scale, top)
         times = {}
         if budget_s is not None:
             calls = {"selection": lambda: choose(q, k, v, **given), "whole": lambda: fn(q, k, v, **given)}
@@ -217,11 +217,11 @@ def seen(chosen: Chosen, b: int, h: int, rows: Tensor, keys: int, heads: int) ->
     index = runs.index
     row_set = int(index[b if index.shape[0] > 1 else 0, h if index.shape[1] > 1 else 0])
     at = rows.numpy()
-    ids = lookup(runs.runs, row_set * tall + at[:, None] // bm, np.arange(wide)[None])
+    tiles = lookup(runs.runs, row_set * tall + at[:, None] // bm, np.arange(wide)[None])
     bits = unpack(runs.bits.cpu().numpy(), bn)
     # mask ids count from 1; 0 is all visible, and what is not visited has the last id
     full, none = np.ones((1, bm, bn), dtype=bool), np.zeros((1, bm, bn), dtype=bool)
-    lines = np.concatenate([full, bits, none])[ids, at[:, None] % bm]
+    lines = np.concatenate([full, bits, none])[tiles, at[:, None] % bm]
     return torch.from_numpy(lines.reshape(len(at), wide * bn)[:, :keys])
 
 

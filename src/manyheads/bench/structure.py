@@ -1,4 +1,4 @@
-"""Queries, keys and values with the structure that sparse mechanisms live on: needles, documents, videos.
+"""Queries, keys and values with the structure that sparse mechanisms live on: needles, documents, videos, weights.
 
 Normal inputs have no heavy keys for a selector to find. What is drawn here has some, by a rule that is written down and
 with a fixed seed; what real layers give stands in ``manyheads.bench.suites.real``.
@@ -149,7 +149,8 @@ def needles(shape: Shape) -> Inputs:
     gain = (math.log(max(n, 2)) + 2.0) / math.sqrt(shape.width)
     asking = torch.where((wanted >= 0)[:, None], gain * ways[:, wanted.clamp(min=0)], torch.zeros(()))
     q += asking.repeat_interleave(shape.heads // shape.kv_heads, 0)[None]
-    return Inputs(*shape.rounded(q, k, v), starts, wanted)
+    q, k, v = shape.rounded(q, k, v)
+    return Inputs(q, k, v, starts, wanted)
 
 
 def document(shape: Shape) -> Inputs:
@@ -183,7 +184,8 @@ def document(shape: Shape) -> Inputs:
     q += sink.repeat_interleave(group, 0)[None]
     k[0, :, :SPAN] = sink
     v += 0.7 * torch.randn(shape.kv_heads, topics, width, generator=generator)[:, topic][None]
-    return Inputs(*shape.rounded(q, k, v))
+    q, k, v = shape.rounded(q, k, v)
+    return Inputs(q, k, v)
 
 
 def video(shape: Shape) -> Inputs:
@@ -210,7 +212,51 @@ def video(shape: Shape) -> Inputs:
     k = 0.5 * k + field
     q = 0.5 * q + field.repeat_interleave(shape.heads // shape.kv_heads, 1)
     shade = torch.randn(shape.width, shape.width, generator=generator) / math.sqrt(shape.width)
-    return Inputs(*shape.rounded(q, k, 0.5 * v + field @ shade))
+    q, k, v = shape.rounded(q, k, 0.5 * v + field @ shade)
+    return Inputs(q, k, v)
+
+
+def columns(shape: Shape) -> Inputs:
+    """Heavy keys, one in fifty, scattered over the sequence, which every later query wants: vertical lines of a mask.
+
+    They have six logits for every query, give or take one, beside normal ones.
+
+    Args:
+        shape: Sizes, dtype and seed.
+
+    Returns:
+        The inputs.
+    """
+    q, k, v, generator = shape.plain()
+    heavy = torch.rand(shape.kv_heads, shape.tokens, generator=generator) < 0.02
+    size = 6.0 + torch.randn(shape.kv_heads, shape.tokens, generator=generator)
+    k[0, :, :, -1] = torch.where(heavy, size, torch.zeros(()))
+    q[..., -1] = math.sqrt(shape.width)
+    q, k, v = shape.rounded(q, k, v)
+    return Inputs(q, k, v)
+
+
+def uneven(shape: Shape) -> Inputs:
+    """Stretches of keys from heavy to negligible, and a sink: what a threshold can tell apart.
+
+    The first four keys have 14 logits for every query; the others have normal logits whose deviation is drawn for each
+    128 of them, uniformly up to 4.
+
+    Args:
+        shape: Sizes, dtype and seed.
+
+    Returns:
+        The inputs.
+    """
+    q, k, v, generator = shape.plain()
+    size = 4 * torch.rand(-(-shape.tokens // 128), generator=generator).repeat_interleave(128)[: shape.tokens]
+    k *= size[:, None]
+    k[:, :, :SPAN] = 0.0
+    k[..., -1] = 0.0
+    k[:, :, :SPAN, -1] = 14.0
+    q[..., -1] = math.sqrt(shape.width)
+    q, k, v = shape.rounded(q, k, v)
+    return Inputs(q, k, v)
 
 
 def _features(place: Tensor, wavelength: Tensor, size: float) -> Tensor:
@@ -222,5 +268,11 @@ def _features(place: Tensor, wavelength: Tensor, size: float) -> Tensor:
     return both * size * math.sqrt(math.sqrt(width) / count)
 
 
-KINDS: dict[str, Callable[[Shape], Inputs]] = {"needles": needles, "document": document, "video": video}
+KINDS: dict[str, Callable[[Shape], Inputs]] = {
+    "needles": needles,
+    "document": document,
+    "video": video,
+    "columns": columns,
+    "uneven": uneven,
+}
 """Structured inputs by name."""

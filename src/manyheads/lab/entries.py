@@ -34,15 +34,12 @@ KERNELS = (
 )
 """See ``registry.Kernel``."""
 
-_OFF: dict[str, Constant] = {"PACK": 4, "IDS_MASKED": 1, "FAST": 1, "EXP": 0, "PRECISION": "ieee"}
+_OFF: dict[str, Constant] = {"PACK": 4, "SPAN": 4, "IDS_MASKED": 1, "FAST": 1, "EXP": 0, "PRECISION": "ieee"}
 VARIANTS: dict[str, dict[str, Constant]] = {
     "plain": {},
-    "one head": {"PACK": 1},
-    "seven heads": {"PACK": 7},
+    "seven heads": {"PACK": 7, "SPAN": 8},
     "without bitmaps": {"IDS_MASKED": 0},
-    "any scale": {"FAST": 0},
     "half the keys": {"half": 1},
-    "few keys": {"BN": 16},
     "odd widths": {"odd": 1},
     "polynomial": {"EXP": 4},
     "tf32": {"PRECISION": "tf32"},
@@ -65,7 +62,7 @@ SUMS: dict[str, dict[str, dict[str, Constant]]] = {
 }
 """Variants of the kernels that only add up, which have no row in the table of configurations."""
 
-_NAMES = {"D", "BD", "DV", "BDV", "BN", "ROWS", "PACK", "IDS_MASKED", "FAST", "PRECISION"}
+_NAMES = {"D", "BD", "DV", "BDV", "BN", "ROWS", "PACK", "SPAN", "IDS_MASKED", "FAST", "PRECISION"}
 
 
 def constants(kernel: str, width: int, variant: str, config: Config) -> dict[str, Constant]:
@@ -81,9 +78,9 @@ def constants(kernel: str, width: int, variant: str, config: Config) -> dict[str
         A value for each constant of the kernel.
 
     Example:
-        >>> found = constants("entries_backward", 64, "one head", Config(64, 32, 4, 2))
+        >>> found = constants("entries_backward", 64, "seven heads", Config(64, 32, 4, 2))
         >>> found["PACK"], found["BN"], "EXP" in found
-        (1, 32, False)
+        (7, 32, False)
     """
     if kernel in SUMS:
         return {"WIDTH": width, "PADDED": width} | SUMS[kernel][variant]
@@ -101,7 +98,7 @@ def variants(kernel: str, kind: str) -> list[str]:
 
     Example:
         >>> variants("entries_backward", "plain")[:2]
-        ['plain', 'one head']
+        ['plain', 'seven heads']
     """
     return VARIANTS_OF[kernel]
 

@@ -13,7 +13,7 @@ from manyheads.common.errors import unknown
 
 ENGINES = {name: f"manyheads.lab.{name}" for name in ("tiled", "entries", "scan", "gather")}
 """Engines with kernels, and the module that describes them, with ``KERNELS`` and ``cases()``, for the tuner also with
-``variants()``, ``shapes()``, ``case()``, ``cycles()`` and ``bound()``. A new engine is a line here and such a
+``variants()``, ``shapes()``, ``case()``, ``cycles()`` and ``bound()``. A new engine is a name here and such a
 module."""
 
 EXACT = "float32 products run on the plain units, whose operands lie in registers"

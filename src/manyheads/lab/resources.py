@@ -72,7 +72,7 @@ def need_of(made: Made) -> Need:
         raise ValueError(f"{made.case.id} did not compile: {made.error}")
     case, found, seen = made.case, made.compiled, made.compiled.instructions
     fixed = case.constants
-    rows = next((fixed[name] for name in ("BM", "BD", "BX", "ROWS", "TILE") if name in fixed), 0)
+    rows = next((fixed[name] for name in ("BM", "ROWS", "BD", "BX", "TILE") if name in fixed), 0)
     keys = next((fixed[name] for name in ("BN", "BV", "BZ") if name in fixed), 0)
     return Need(
         made.triton,

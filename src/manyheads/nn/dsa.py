@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.attention import attention
+from manyheads.common.errors import UnsupportedError
 from manyheads.common.rope import RoPE
 from manyheads.engine.gather import gather
+from manyheads.engine.result import Attn
 from manyheads.mask import Mask
 from manyheads.mechanism import select
 from manyheads.mechanism.carrier import order
@@ -66,11 +68,11 @@ class DSACache(NamedTuple):
 
     Attributes:
         latent: (B, 1, n, latent_dim + rope_dim): the latent, and the rotated channels that all heads share.
-        index: Keys of the indexer with the means of their blocks; the next call adds to it.
+        pooled: Keys of the indexer with the means of their blocks; the next call adds to it.
     """
 
     latent: Tensor
-    index: PooledKeys
+    pooled: PooledKeys
 
 
 class Indexer(nn.Module):
@@ -208,21 +210,24 @@ class DSA(nn.Module):
             ValueError: For another shape.
             UnsupportedError: For another mask, or a cache with packed documents.
         """
+        check_tokens(x, self.embed_dim)
+        _, lens = order(SPEC, mask, x[:, None])
+        if cache is not None and lens is not None:
+            raise UnsupportedError("cache: it holds one document in each entry, got a mask of packed documents")
         q, latent, index = self._inputs(x, cache)
-        _, lens = order(SPEC, mask, q)
         learns = self.training and torch.is_grad_enabled() and cache is None
-        pooled = None if cache is None else cache.index
+        pooled = None if cache is None else cache.pooled
         if pooled is None and return_cache:
             pooled = PooledKeys(getattr(self.method, "block", 128)).append(index.k)
-        ids = None
-        values = latent[..., : self.config.latent_dim]
+        found: Tensor | Attn
+        ids, values = None, latent[..., : self.config.latent_dim]
         if self.warm:
-            out = attention(q, latent, values, mask="causal" if mask is None else mask, scale=self.scale)
+            found = attention(q, latent, values, mask="causal" if mask is None else mask, scale=self.scale)
         else:
             kept = pooled if lens is None else None
             ids = index_tokens(index, keep=self.keep, method=self.method, lens=lens, pooled=kept)[:, None]
-            out = gather(q, latent, values, ids, scale=self.scale)
-        assert isinstance(out, Tensor)
+            found = gather(q, latent, values, ids, scale=self.scale)
+        out = found if isinstance(found, Tensor) else found.out
         if learns:
             loss = select.index_loss(
                 q, latent, index.q, index.k[:, None], ids, weights=index.w, scale=self.scale, lens=lens
@@ -265,7 +270,7 @@ class DSA(nn.Module):
         index = self.indexer(x.detach(), rank.detach(), at)
         if cache is not None:
             latent = torch.cat([cache.latent, latent], 2)
-            index = index._replace(k=cache.index.append(index.k).keys)
+            index = index._replace(k=cache.pooled.append(index.k).keys)
         return q, latent, index
 
     def _output(self, out: Tensor) -> Tensor:

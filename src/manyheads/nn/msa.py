@@ -61,7 +61,7 @@ class MSA(CachedAttention):
         A gradient scaler that multiplies the loss does not multiply the gradient of the index.
 
     Source:
-        MiniMax Sparse Attention, arXiv 2606.13392.
+        Lai et al., MiniMax Sparse Attention, arXiv 2606.13392.
 
     Example:
         >>> layer = MSA(32, 4, kv_heads=2, config=MSAConfig(block=8, keep=2))

@@ -66,6 +66,24 @@ def test_top_k_needs_no_exponential(data):
             assert torch.equal(top_k(grown, keep, visible=visible), kept)
 
 
+@pytest.mark.parametrize(("nq", "nk"), [(21, 21), (6, 30), (30, 11)])
+@pytest.mark.parametrize("share", ["group", "head"])
+def test_raw_scores_choose_the_blocks_of_the_largest_softmax_weights(generator, nq, nk, share):
+    q, k = (torch.randn(2, h, n, 8, generator=generator, dtype=torch.float64) for h, n in ((4, nq), (2, nk)))
+    scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5
+    scores = scores.unflatten(1, (2, 2)).mean(2) if share == "group" else scores
+    seen = torch.ones(nq, nk).tril(nk - nq).bool()
+    weights = scores.masked_fill(~seen, -INF).softmax(-1)
+    weights = torch.stack([part.amax(-1) for part in weights.split(4, -1)], -1)
+    visible = select.block_causal(nq, nk, 1, 4)
+    for rows in (None, 5):
+        raw = select.max_scores(q, k, k_block=4, share=share, rows=rows)
+        assert torch.equal(raw > -INF, visible.expand_as(raw))
+        assert torch.equal(top_k(raw, 2), top_k(weights.nan_to_num(), 2, visible=visible))
+    both = select.max_scores(q, k, k_block=4, share=share, causal=False)
+    torch.testing.assert_close(both, torch.stack([part.amax(-1) for part in scores.split(4, -1)], -1))
+
+
 def test_equal_scores_go_to_the_lower_block_whatever_else_is_in_the_row(generator):
     scores = draw(generator, 1, 1, 40, 24, levels=2)
     visible = torch.arange(24) < torch.arange(1, 41)[:, None]
@@ -230,6 +248,9 @@ SCORES = torch.zeros(1, 2, 3, 4)
         (lambda: top_p(SCORES, torch.ones(3)), r"mass: expected one number, or one per head \(H=2,\)"),
         (lambda: above(SCORES, 0.5, 0), "most: expected at least 1"),
         (lambda: above(SCORES, torch.ones(3)), "threshold: expected one number"),
+        (lambda: select.max_scores(SCORES, SCORES, k_block=0), "k_block: expected at least 1"),
+        (lambda: select.max_scores(SCORES, SCORES, k_block=2, rows=0), "rows: expected at least 1"),
+        (lambda: select.max_scores(SCORES, SCORES, k_block=2, share="all"), "unknown share 'all'"),
         (lambda: Forced(first=-1), "first: expected a number of blocks >= 0"),
         (lambda: Forced(local=-1), "local: expected a number of blocks >= 0"),
     ],

@@ -49,6 +49,13 @@ def causal(nq, nk):
     return torch.ones(nq, nk, dtype=torch.bool).tril(nk - nq)
 
 
+@pytest.fixture(params=[0, 1000], ids=["gathered", "in-place"])
+def _both_ways(request, monkeypatch):
+    """Chosen keys are gathered for each query, or all are multiplied where they are."""
+    monkeypatch.setattr("manyheads.mechanism.select.losses._GATHERED", request.param)
+
+
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize(("nq", "nk"), [(37, 37), (11, 40)])
 @pytest.mark.parametrize("q_block", [1, 4])
@@ -62,6 +69,7 @@ def test_over_chosen_blocks_gradients_are_those_of_autograd(generator, chunk, nq
     compare((index_q, index_k), ours, plainly(q, k, index_q, index_k, chosen & causal(nq, nk)))
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("sets", [1, 2, 4])
 def test_over_token_ids_with_weighted_heads(generator, sets):
     n = 23
@@ -85,6 +93,7 @@ def test_without_ids_it_is_over_all_visible_keys(generator, weighted):
     compare(leaves, ours, plainly(q, k, index_q, index_k, visible, weights))
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("all_keys", [False, True])
 def test_packed_documents_see_only_themselves(generator, all_keys):
     lens = torch.tensor([9, 0, 14])
@@ -110,6 +119,7 @@ def test_a_perfect_indexer_has_no_loss(generator):
     assert index_loss(q, k, q, k).abs() < 1e-12 < index_loss(q, k, -q, k)
 
 
+@pytest.mark.usefixtures("_both_ways")
 def test_rows_that_see_nothing_count_for_nothing(generator):
     q, k, index_q, index_k = (draw(generator, 1, 2, 9, 4).requires_grad_() for _ in range(4))
     none = torch.full((1, 2, 9, 2), -1)
@@ -152,6 +162,7 @@ def test_memory_does_not_grow_with_all_pairs(generator):
     assert 32 * n <= largest <= n * n // 8
 
 
+@pytest.mark.usefixtures("_both_ways")
 def test_it_compiles_to_one_graph(generator):
     q, k, index_q, index_k = (draw(generator, 1, 2, 12, 4).requires_grad_() for _ in range(4))
     ids = torch.arange(3).expand(1, 2, 12, 3)

@@ -127,6 +127,17 @@ def test_the_order_of_boxes_changes_nothing(options):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+def test_kernels_over_tiles_take_the_order_of_boxes():
+    pytest.importorskip("triton")
+    q, k, v = sample_qkv(1, 2, 60, width=16)
+    mask = Neighborhood((6, 10), (3, 4), causal=(True, False))
+    try:
+        got = in_order_of_boxes(q, k, v, mask, box=(2, 4), backend="triton")
+    except UnsupportedError as refusal:
+        pytest.skip(str(refusal))
+    torch.testing.assert_close(got, exact.reference(q, k, v, mask=mask), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "box", "dilation"), [((11,), 4, 3), ((5, 7), (2, 3), (1, 2)), ((4, 3, 5), 2, (2, 1, 3)), ((8, 8), 4, 1)]
 )

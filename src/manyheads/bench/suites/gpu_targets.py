@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from manyheads.bench.suite import Case, Options
-from manyheads.bench.suites import bars, gpu_linear, masks, patterns
+from manyheads.bench.suites import bars, gpu_linear, gpu_sparse, masks, patterns
 from manyheads.bench.suites.bars import Bar
 from manyheads.bench.workload import Problem
 from manyheads.mask import as_mask
@@ -34,7 +34,7 @@ def made(options: Options) -> list[Bar]:
     Returns:
         The bars.
     """
-    return [*_dense(options), *_flex(options), *_sparse(options), *gpu_linear.made(options)]
+    return [*_dense(options), *_flex(options), *_sparse(options), *gpu_linear.made(options), *gpu_sparse.made(options)]
 
 
 def _dense(options: Options) -> list[Bar]:

@@ -33,6 +33,7 @@ from manyheads.mechanism.sparse.hisa import HISA
 from manyheads.mechanism.sparse.misa import MISA
 from manyheads.mechanism.sparse.msa import MSAConfig
 from manyheads.mechanism.sparse.nsa import NSAConfig
+from manyheads.mechanism.sparse.pbs import PBS
 from manyheads.spec import find
 
 DENSE, SDPA = "manyheads-dense", "sdpa"
@@ -41,13 +42,15 @@ BLOCK = 128
 SINK = 4
 KEPT = (0.05, 0.1, 0.25)
 """Shares of all key blocks that a row may keep."""
+TAUS, MASSES, LAMBDA = (0.02, 0.1), (0.7, 0.9), 0.05
+"""Settings of mechanisms that keep what is large enough: SALE, PBS, BLASST."""
 ROWS = 64
 """Query rows of each head that are judged."""
 ALLOWED = 4.0
 """A result may differ from exact attention over its own keys by this much more than torch's from dense attention."""
 LENGTHS: dict[str, dict[str, tuple[int, ...]]] = {
     "quick": {"document": (2048,)},
-    "default": {"document": (8192,), "needles": (4096,), "video": (4096,)},
+    "default": {"document": (6144,), "needles": (4096,), "video": (4096,)},
     "full": dict.fromkeys(KINDS, (4096, 16_384, 32_768)),
 }
 """Tokens of each kind of input."""
@@ -95,7 +98,7 @@ def mechanism(
     *,
     name: str = "",
     attends: bool = True,
-    given: Callable[[Tensor, Tensor], dict[str, Any]] = lambda q, k: {},
+    given: Callable[[Tensor, Tensor, Tensor], dict[str, Any]] = lambda q, k, v: {},
     **options: Any,
 ) -> Way:
     """A mechanism of the registry with some options, causal.
@@ -105,7 +108,7 @@ def mechanism(
         setting: What the options let it keep, in words.
         name: As rows have it, where it is not the slug.
         attends: As in :class:`Way`.
-        given: From q and k to tensors that the mechanism takes beside them; made once for each input.
+        given: From q, k and v to tensors that the mechanism takes beside them; made once for each input.
         **options: Other keyword arguments of the mechanism.
     """
     spec = find(slug)
@@ -116,7 +119,7 @@ def mechanism(
     def bound(fn: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Any]:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
             if q.data_ptr() not in known:
-                known[q.data_ptr()] = given(q, k)
+                known[q.data_ptr()] = given(q, k, v)
             return fn(q, k, v, **known[q.data_ptr()], **options)
 
         return call
@@ -210,20 +213,23 @@ def ways(shape: Shape) -> list[Way]:
     block_wise = (window, random_blocks, pooled, functools.partial(pooled, by="head"))
     found = [made(shape, kept) for made in block_wise for kept in KEPT]
     found += [made(shape, kept) for made in (msa, nsa) for kept in KEPT[1:]]
-    return [*found, *(indexed(slug, shape, KEPT[1]) for slug in ("dsa", "hisa", "misa"))]
+    found += [indexed(slug, shape, KEPT[1]) for slug in ("dsa", "hisa", "misa")]
+    found += [mechanism("sale", f"{tau:g}", threshold=tau) for tau in TAUS]
+    found += [mechanism("pbs", f"{mass:g}", config=PBS(mass=mass)) for mass in MASSES]
+    return [*found, mechanism("blasst", f"{LAMBDA:g}", threshold=LAMBDA, mask="causal")]
 
 
-def _group_index(q: Tensor, k: Tensor) -> dict[str, Any]:
+def _group_index(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     queries = q.unflatten(1, (k.shape[1], -1)).float().mean(2).to(q.dtype)
     return {"index_q": queries, "index_k": k.float().mean(1).to(k.dtype)}
 
 
-def _selected_only(q: Tensor, k: Tensor) -> dict[str, Any]:
+def _selected_only(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     off = torch.zeros(q.shape[0], 1, q.shape[2], dtype=q.dtype, device=q.device)
     return {"gate_compressed": off, "gate_selected": torch.ones_like(off), "gate_window": off}
 
 
-def _token_index(q: Tensor, k: Tensor) -> dict[str, Any]:
+def _token_index(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     weights = torch.ones(q.shape[:3], dtype=q.dtype, device=q.device)
     return {"index_q": q, "index_k": k.float().mean(1).to(k.dtype), "index_w": weights}
 
@@ -354,7 +360,7 @@ def _lossy(row: Row, found: loss.Lost, limit: float | None) -> Row:
 
 NAMES = (
     DENSE, SDPA, "window", "random-blocks", "pooled-topk", "pooled-topk-heads", "msa", "fsa-selected", "dsa", "hisa",
-    "misa",
+    "misa", "sale", "pbs", "blasst",
 )  # fmt: skip
 SUITE = Suite(
     "sparse",

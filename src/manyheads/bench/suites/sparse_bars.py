@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import math
 
+from torch import Tensor
+
 from manyheads.bench.row import Row
-from manyheads.bench.structure import Shape
+from manyheads.bench.structure import KINDS, Shape
 from manyheads.bench.suite import Options
 from manyheads.bench.suites import bars, sparse, sparse_parts
 from manyheads.bench.suites.bars import Bar
 from manyheads.bench.suites.sparse import DENSE, SDPA, Way
 from manyheads.bench.workload import Problem
 from manyheads.mask import Neighborhood
+from manyheads.mechanism.sparse.sale import calibrate
 
 KEPT = 0.1
 """Share of all key blocks that a row keeps."""
@@ -30,6 +33,13 @@ NEAR = {"forward": 13.0, "forward+backward": 11.0}
 OVER_FLEX = 4.5
 PREDICTED = 1.25
 """Predicted over measured speed-up, or the other way round, at most."""
+ERROR = 1.0
+"""By how much SALE's calibration lets the output of a token differ, summed over channels: the card's."""
+SALE_TILES = 1 / 3.36
+"""Share of the tiles that its speed-up on the card leaves."""
+DSA_KEPT = 2048 / 32_768
+FEWER = 0.999
+"""Tiles of PBS over those that it needs without its permutation, at most: fewer."""
 NO_SKIPS = 1.05
 """Time of BLASST that skips nothing over that of dense attention, at most."""
 
@@ -55,7 +65,10 @@ def made(options: Options) -> list[Bar]:
     found += [_skipping(shape, options) for shape in (
         Shape(8192, dtype="bfloat16", seed=options.seed), Shape(drawn.tokens // 2 + 1, 4, 4, dtype="float32", seed=1),
     )]  # fmt: skip
-    return found
+    small = [Shape(4096, dtype="bfloat16", seed=options.seed), Shape(drawn.tokens // 3, 4, 2, dtype="bfloat16", seed=1)]
+    found += [_estimates(shape, options) for shape in small]
+    pairs = [*((kind, small[0]) for kind in KINDS), (str(rng.choice([*KINDS])), small[1])]
+    return found + [_permuted(kind, shape) for kind, shape in pairs]
 
 
 def few(shape: Shape) -> list[Way]:
@@ -128,6 +141,68 @@ def _indexers(position: int, keep: int, options: Options) -> Bar:
 
     cases = (sparse_parts.indexers(position, keep, options), sparse_parts.captured_indexers(options))
     return Bar(f"bar-{name}", cases, judge)
+
+
+def estimating(shape: Shape) -> list[Way]:
+    """Selectors that estimate every pair: SALE, calibrated on the inputs to the error of its card, and flat DSA."""
+
+    def thresholds(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        return {"threshold": calibrate(q, k, v, error=ERROR)}
+
+    keep = max(1, round(shape.tokens * DSA_KEPT))
+    name = f"error {ERROR:g}"
+    return [sparse.mechanism("sale", name, given=thresholds), sparse.indexed("dsa", shape, keep / shape.tokens)]
+
+
+def _estimates(shape: Shape, options: Options) -> Bar:
+    name = f"sparse-estimates-{shape.tokens}"
+    base = _promise(name, f"estimates of every pair, N = {shape.tokens}, {shape.heads}:{shape.kv_heads} heads", shape)
+    case = sparse.plane("targets", name, "uneven", shape, options, estimating)
+    # the first rows see fewer keys than are kept
+    keep, n = max(1, round(shape.tokens * DSA_KEPT)), shape.tokens
+    whole = (keep * (keep + 1) // 2 + (n - keep) * keep) / (n * (n + 1) // 2)
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        rows = [row for group in measured for row in group]
+        (sale, why), (dsa, reason) = (believed(rows, who) for who in ("sale", "dsa"))
+        told = [why if sale is None else _told(sale), reason if dsa is None else _told(dsa)]
+        sale_words = f"SALE calibrated to error {ERROR:g}, visited tiles of the causal ones"
+        return [
+            bars.at_most(
+                bars.worded(base, sale_words).replace(note=told[0]),
+                None if sale is None else sale.density, SALE_TILES, "",
+            ),
+            bars.at_most(
+                bars.worded(base, "flat DSA, attended pairs over those that its card has").replace(note=told[1]),
+                dsa.area / whole if dsa is not None and dsa.area else None, 1.0, "",
+            ),
+        ]  # fmt: skip
+
+    return Bar(f"bar-{name}", (case,), judge)
+
+
+def _told(row: Row) -> str:
+    speed = "" if row.speed is None else f", {row.speed:.2f}x dense"
+    return f"error {row.error_norm:.3f}, {row.median_ms:.0f} ms{speed}, choosing {row.selection:.0%}"
+
+
+def _permuted(kind: str, shape: Shape) -> Bar:
+    name = f"pbs-{kind}-{shape.tokens}"
+    base = _promise(name, f"PBS, tiles over those without permutation at equal kept weight, {kind}, N = {shape.tokens}")
+
+    def judge(measured: list[list[Row]]) -> list[Row]:
+        rows = [row for group in measured for row in group]
+        with_it = bars.one(rows, "pbs")
+        without = [row for row in rows if row.provider == "pbs-unpermuted"]
+        if with_it is None or with_it.mass is None or not with_it.density:
+            return [bars.at_most(base, None, FEWER)]
+        tiles = sparse_parts.tiles_at(with_it.mass, without)
+        note = f"{with_it.density:.1%} of the tiles for {with_it.mass:.1%} of the weight"
+        note += "; without never as much" if tiles is None else f"; without {tiles:.1%}"
+        found = with_it.density / (1.0 if tiles is None else tiles)
+        return [bars.at_most(base.replace(note=note), found, FEWER)]
+
+    return Bar(f"bar-{name}", (sparse_parts.permuted(kind, shape),), judge)
 
 
 def _near(grid: tuple[int, int], window: int, heads: int, width: int, phase: str, options: Options) -> Bar:

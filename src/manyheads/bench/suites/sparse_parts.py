@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +16,24 @@ from manyheads.bench import device, loss
 from manyheads.bench.environment import version
 from manyheads.bench.oracle import visible
 from manyheads.bench.row import Row
-from manyheads.bench.structure import Shape
+from manyheads.bench.structure import Shape, draw
 from manyheads.bench.suite import Case, Context, Options
 from manyheads.bench.suites import real
 from manyheads.bench.suites.sparse import DENSE, SDPA, Way, mechanism
 from manyheads.bench.timing import interleave
 from manyheads.mask import Neighborhood, as_mask
 from manyheads.mechanism.sparse.hisa import HISA
-from manyheads.mechanism.sparse.indexer import TUNINGS, Index, clustered_index, flat_scan_of, index_tokens, recall
+from manyheads.mechanism.sparse.indexer import (
+    TUNINGS,
+    Index,
+    clustered_index,
+    flat_scan_of,
+    index_of_heads,
+    index_tokens,
+    recall,
+)
 from manyheads.mechanism.sparse.misa import MISA
+from manyheads.mechanism.sparse.pbs import PBS
 
 FLAT = "flat-tuned"
 QUERIES = 64
@@ -66,7 +76,7 @@ def indexers(position: int, keep: int, options: Options) -> Case:
 
 
 def captured_indexers(options: Options) -> Case:
-    """The indexers on what a layer of the encoder receives: its query heads, and the mean of its keys."""
+    """The indexers on what a layer of the encoder receives: its scores, rectified and averaged over heads."""
     tokens, keep = 4096, 256
     name = f"indexers-{real.NAME}-{tokens}-{keep}"
 
@@ -76,8 +86,7 @@ def captured_indexers(options: Options) -> Case:
         except (ImportError, OSError, ValueError) as error:
             return [_row(name, FLAT, "cpu").replace(status="refused", reason=str(error).splitlines()[0])]
         q, k, _ = layer.tensors(tokens, torch.bfloat16)
-        weights = torch.ones(*q.shape[:2], QUERIES)
-        index = Index(q[:, :, -QUERIES:].contiguous(), k.float().mean(1).to(k.dtype), weights)
+        index = index_of_heads(q[:, :, -QUERIES:].contiguous(), k)
         return _indexed(context, name, index, keep, f"captured from {layer.source}, {layer.name}", tuned=False)
 
     return Case("targets", name, run, 2.0, (FLAT, "hisa", "misa"))
@@ -87,7 +96,8 @@ def _indexed(context: Context, name: str, index: Index, keep: int, source: str, 
     tokens, heads = index.k.shape[1], index.q.shape[1]
     # at least a quarter of the blocks, as the card has them from 32K on, and never fewer tokens than are kept
     blocks = max(64 if tuned else 1, -(-tokens // 128 // 4), -(-keep // 128))
-    methods = {"hisa": HISA(blocks=blocks, flat_below=0), "misa": MISA(heads=max(1, heads // 8), flat_below=0)}
+    methods: dict[str, HISA | MISA] = {"hisa": HISA(blocks=blocks, flat_below=0)}
+    methods["misa"] = MISA(heads=min(8, heads), flat_below=0)
     calls: dict[str, Callable[[], Tensor]] = {}
     for rows, piece in TUNINGS if tuned else TUNINGS[:1]:
         calls[f"flat {rows} {piece}"] = functools.partial(_flat, index, keep, rows, piece)
@@ -115,13 +125,13 @@ def skipping(shape: Shape, options: Options) -> Case:
     """BLASST at thresholds that skip nothing and more and more, beside dense attention; and its error bound.
 
     Args:
-        shape: Of the inputs, see :func:`uneven`.
+        shape: Of the inputs, ``uneven`` ones.
         options: Budget.
     """
     name = f"blasst-{shape.tokens}-{shape.dtype}"
 
     def run(context: Context) -> list[Row]:
-        q, k, v = uneven(shape)
+        q, k, v = draw("uneven", shape)[:3]
         some = [mechanism("blasst", f"{t:g}", threshold=t, mask="causal") for t in (NOTHING, *LAMBDAS)]
         calls: dict[str, Callable[[], object]] = {
             DENSE: lambda: attention(q, k, v, mask="causal"),
@@ -141,27 +151,6 @@ def skipping(shape: Shape, options: Options) -> Case:
         return [row.replace(**times[who].fields()) for who, row in found.items()]
 
     return Case("targets", name, run, 2.0 + 6e-8 * shape.tokens**2, (DENSE, SDPA, "blasst"))
-
-
-def uneven(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs whose key tiles range from heavy to negligible, so that a threshold decides how many matter.
-
-    The first four keys have 14 logits for every query; the others have normal logits whose deviation is drawn for each
-    128 of them, uniformly up to 4.
-
-    Example:
-        >>> uneven(Shape(300, heads=2, kv_heads=1, width=16))[1].shape
-        torch.Size([1, 1, 300, 16])
-    """
-    q, k, v, generator = shape.plain()
-    size = 4 * torch.rand(-(-shape.tokens // 128), generator=generator).repeat_interleave(128)[: shape.tokens]
-    k *= size[:, None]
-    k[:, :, :4] = 0.0
-    k[..., -1] = 0.0
-    k[:, :, :4, -1] = 14.0
-    q[..., -1] = math.sqrt(shape.width)
-    q, k, v = shape.rounded(q, k, v)
-    return q, k, v
 
 
 def _over_bound(way: Way, threshold: float, q: Tensor, k: Tensor, v: Tensor) -> float:
@@ -214,3 +203,55 @@ def predicted(grid: tuple[int, ...], window: int, heads: int, width: int) -> Cas
         return [*found, base("predicted", median_ms=foreseen.near_ms, measured=foreseen.speedup)]
 
     return Case("targets", name, run, 3.0 + 4e-8 * n**2 * heads / 4, ("manyheads", SDPA))
+
+
+MASS = 0.7
+"""What the selector of PBS is told to keep."""
+GRID = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.97)
+"""What it is told to keep without the permutation, to find as much weight."""
+
+
+def permuted(kind: str, shape: Shape) -> Case:
+    """PBS, and how many tiles it takes to keep as much weight without its permutation.
+
+    Args:
+        kind: One of ``structure.KINDS``.
+        shape: Of the inputs.
+
+    Returns:
+        The case: a row with the permutation, then one for each setting without.
+    """
+    name = f"pbs-{kind}-{shape.tokens}"
+
+    def run(context: Context) -> list[Row]:
+        q, k, v = draw(kind, shape)[:3]
+        settings = [("pbs", PBS(mass=MASS)), *(("pbs-unpermuted", PBS(mass=m, permute=False)) for m in GRID)]
+        found = []
+        for who, config in settings:
+            context.say(f"targets/{name}: {who} at {config.mass:g}")
+            lost = loss.lost("pbs", q, k, v, options={"config": config}, rows=ROWS, budget_s=None)
+            row = _row(name, who, "cpu", shape=str(shape), length=shape.tokens, dtype=shape.dtype, input=kind)
+            row = row.replace(setting=f"{config.mass:g}", gate="lossy", mass=lost.mass, density=lost.density)
+            found.append(row.replace(error=lost.worst, error_norm=lost.error, recall=lost.recall, seed=shape.seed))
+        return found
+
+    return Case("targets", name, run, 0.5 + 1.2e-7 * shape.tokens**2, ("pbs",))
+
+
+def tiles_at(mass: float, rows: Sequence[Row]) -> float | None:
+    """The share of tiles at which some rows keep so much weight, interpolated; None where they never do.
+
+    Args:
+        mass: Share of dense attention's weight.
+        rows: With mass and density, from less to more.
+
+    Example:
+        >>> rows = [Row("targets", "c", "p", mass=m, density=d) for m, d in ((0.5, 0.2), (0.7, 0.4))]
+        >>> round(tiles_at(0.6, rows), 3), tiles_at(0.9, rows)
+        (0.3, None)
+    """
+    known = [(row.mass, row.density) for row in rows if row.mass is not None and row.density is not None]
+    for (less, few), (more, many) in itertools.pairwise([(0.0, 0.0), *known]):
+        if less <= mass <= more:
+            return few + (many - few) * (mass - less) / (more - less) if more > less else few
+    return None

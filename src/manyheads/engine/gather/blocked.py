@@ -81,8 +81,8 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
                 ds = ds if slope is None else ds.mul_(slope)
                 at = _gradient_rows(p, block, chunk, len(dk) - 1)
                 total = _times(ds, chunk.k, products.average) + total
-                dk.index_add_(0, at, _over_rows(ds, q, chunk))
-                dvs.index_add_(0, at, _over_rows(w, g, chunk))
+                dk.index_add_(0, at, source.over_rows(ds, q, chunk))
+                dvs.index_add_(0, at, source.over_rows(w, g, chunk))
             if isinstance(total, Tensor):
                 put(dq, p, block, total.mul_(p.scale))
     dsink = None
@@ -126,6 +126,25 @@ class _Source:
                 k, v = (t.masked_fill_(block.empty[:, None, None], 0.0) for t in (k, v))
             yield Chunk(k, v, ids, None if block.bias is None else block.bias[:, None, c : c + step])
 
+    def widened(self, q: Tensor, chunk: Chunk) -> tuple[Tensor, Chunk]:
+        """Query rows and keys for products: so few rows in half precision are multiplied faster in float32."""
+        if q.dtype.itemsize > 2 or q.numel() > _THIN * q.shape[2] * len(chunk.k):
+            return q, chunk
+        k = self.scratch("wide k", chunk.k.shape, chunk.k, torch.float32).copy_(chunk.k)
+        if self.inside is None:
+            v = self.scratch("wide v", chunk.v.shape, chunk.v, torch.float32).copy_(chunk.v)
+        else:
+            v = k[..., self.inside : self.inside + chunk.v.shape[2]]
+        return q.float(), chunk._replace(k=k, v=v)
+
+    def over_rows(self, x: Tensor, y: Tensor, chunk: Chunk) -> Tensor:
+        """``sum_i x_ij y_i`` over the query rows of each key, one row for each id of a chunk."""
+        x, y = (t.reshape(chunk.k.shape[0], -1, t.shape[2]) for t in (x, y.to(chunk.k.dtype)))
+        if x.dtype != y.dtype:
+            return products.average(x.mT, y).flatten(0, 1)
+        out = self.scratch("sums", (len(x), x.shape[2], y.shape[2]), x)
+        return torch.bmm(x.mT, y, out=out).flatten(0, 1)
+
     def _fetch(self, name: str, rows: Tensor, at: Tensor) -> Tensor:
         out = self.scratch(name, (at.numel(), rows.shape[1]), rows)
         return torch.index_select(rows, 0, at.reshape(-1), out=out).view(*at.shape, rows.shape[1])
@@ -151,19 +170,6 @@ def _times(x: Tensor, rows: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
     return multiply(stacked, rows).view(*x.shape[:2], -1)
 
 
-def _upcast(q: Tensor, chunk: Chunk) -> tuple[Tensor, Chunk]:
-    """Query rows and keys for products: so few rows in half precision are multiplied faster in float32."""
-    if chunk.k.dtype.itemsize > 2 or q.numel() > _THIN * q.shape[2] * len(chunk.k):
-        return q, chunk
-    return q.float(), chunk._replace(k=chunk.k.float(), v=chunk.v.float())
-
-
-def _over_rows(x: Tensor, y: Tensor, chunk: Chunk) -> Tensor:
-    """``sum_i x_ij y_i`` over the query rows of each key, one row for each id of a chunk."""
-    x, y = (t.reshape(chunk.k.shape[0], -1, t.shape[2]) for t in (x, y.to(chunk.k.dtype)))
-    return products.average(x.mT, y).flatten(0, 1)
-
-
 # --- forward of one block ---------------------------------------------------------------------------------------
 
 
@@ -178,19 +184,19 @@ def _takes_fused(p: Problem) -> bool:
     return products.fused_wins(p.q.dtype)
 
 
-_Attend = Callable[[Problem, Tensor, Chunk, int | None], tuple[Tensor, Tensor]]
+_Attend = Callable[[Problem, "_Source", Tensor, Chunk], tuple[Tensor, Tensor]]
 
 
 def _attend(p: Problem, source: _Source, block: Block, attend: _Attend) -> tuple[Tensor, Tensor] | None:
     """Output ``(M, G, Dv)`` and lse ``(M, G, 1)`` of a block; None if it lists nothing."""
     q, done = live_rows(p.q, p, block), None
     for chunk in source.chunks(block):
-        part = attend(p, q, chunk, source.inside)
+        part = attend(p, source, q, chunk)
         done = part if done is None else _merged(done, part)
     return done
 
 
-def _fused(p: Problem, q: Tensor, chunk: Chunk, inside: int | None) -> tuple[Tensor, Tensor]:
+def _fused(p: Problem, source: _Source, q: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Output and lse of a chunk by torch's fused kernel: queries are batch entries, or share the rows."""
     q, scale = flash.folded(q, p.scale)
     k, v, bias = chunk.k[:, None], chunk.v[:, None], chunk.bias
@@ -201,8 +207,8 @@ def _fused(p: Problem, q: Tensor, chunk: Chunk, inside: int | None) -> tuple[Ten
         bias = bias[:, None] if alone else bias.transpose(0, 1)[None]
     out, lse = flash.piece(q, k, v, bias, scale)
     out, lse = (out[:, 0], lse[:, 0]) if alone else (out[0].transpose(0, 1), lse[0].transpose(0, 1))
-    if inside is not None:
-        out = out[..., inside : inside + p.v.shape[3]]
+    if source.inside is not None:
+        out = out[..., source.inside : source.inside + p.v.shape[3]]
     lse = lse[..., None]
     if chunk.bias is not None:
         empty = chunk.bias.amax(2, keepdim=True) == -math.inf
@@ -210,9 +216,9 @@ def _fused(p: Problem, q: Tensor, chunk: Chunk, inside: int | None) -> tuple[Ten
     return out, lse
 
 
-def _passes(p: Problem, q: Tensor, chunk: Chunk, inside: int | None) -> tuple[Tensor, Tensor]:
+def _passes(p: Problem, source: _Source, q: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Output and lse of a chunk by two products and a softmax."""
-    q, chunk = _upcast(q, chunk)
+    q, chunk = source.widened(q, chunk)
     s, _ = _scores(p, q, chunk)
     top = s.amax(-1, keepdim=True)
     anchor = top.masked_fill(top == -math.inf, 0.0)
@@ -262,7 +268,7 @@ def _weights(
     # thin products are rounded otherwise than in the fused kernel, whose lse they do not quite fit
     one_lse = _takes_fused(p) and p.q.dtype.itemsize > 2 and block.ids.shape[1] <= source.step(block)
     for fetched in source.chunks(block):
-        rows, chunk = _upcast(q, fetched)
+        rows, chunk = source.widened(q, fetched)
         s, slope = _scores(p, rows, chunk)
         w = _exponential(s.sub_(lse))
         if one_lse:

@@ -58,7 +58,8 @@ class Block:
     """Some queries of some units, and what they read.
 
     Attributes:
-        batch, unit: Batch entry and unit of each of the ``n`` units, int64 ``(n,)``.
+        first: Batch entry and unit of the first of the ``n`` units.
+        batch, unit: Those of each of them, int64 ``(n,)``.
         queries: Which queries of each, ``m``.
         ids: ``(n * m, K)``, every one that of a key; padding repeats a key that the same query lists. If the queries
             share their rows, ``(1, U)``: whatever any of them lists, once.
@@ -67,6 +68,7 @@ class Block:
         empty: bool ``(n * m,)``, queries that list nothing; None if there are none. Their ids name a key all the same.
     """
 
+    first: tuple[int, int]
     batch: Tensor
     unit: Tensor
     queries: slice
@@ -144,7 +146,7 @@ def _block(
         ids = p.ids[batch if own_batch else batch * 0, unit if own_unit else unit * 0, queries]
     ids = ids.reshape(ids.shape[0] * ids.shape[1], ids.shape[2]).long()
     if ids.device.type == "cpu" and ids.amin() >= 0:  # looking at them is cheap there
-        return Block(batch, unit, queries, ids, None), None
+        return Block(first, batch, unit, queries, ids, None), None
     seen = listed(ids, p.k.shape[2])
     if ids.device.type == "cpu":
         width = int((seen.any(0) * torch.arange(1, ids.shape[1] + 1)).amax())
@@ -154,7 +156,7 @@ def _block(
     bias = torch.zeros(seen.shape, dtype=p.accumulate, device=ids.device).masked_fill_(~seen, -math.inf)
     none = ~seen.any(1)
     empty = None if ids.device.type == "cpu" and not none.any() else none
-    return Block(batch, unit, queries, ids, bias, empty), seen
+    return Block(first, batch, unit, queries, ids, bias, empty), seen
 
 
 def _shared(p: Problem, block: Block, seen: Tensor | None) -> Block | None:
@@ -179,8 +181,8 @@ def _shared(p: Problem, block: Block, seen: Tensor | None) -> Block | None:
 def query_rows(t: Tensor, p: Problem, block: Block) -> Tensor:
     """What ``t (B, Hq, Nq, W)`` holds for a block, ``(n * m, G, W)``."""
     if len(block.batch) == 1:
-        first = int(block.unit) * p.group
-        return t[int(block.batch), first : first + p.group, block.queries].transpose(0, 1)
+        b, u = block.first
+        return t[b, u * p.group : (u + 1) * p.group, block.queries].transpose(0, 1)
     parts = t.unflatten(1, (p.units, p.group))[block.batch, block.unit, :, block.queries]
     return parts.transpose(1, 2).reshape(block.size, p.group, t.shape[3])
 

@@ -191,7 +191,8 @@ class _Call:
             "ranges": lists.ranges, "step": lists.step, "slots": lists.slots, "first": first,
             "scale": float(p.scale), "D": d, "BD": padded(d), "DV": dv, "BDV": padded(dv),
             "BN": self.layout.tile[1], "ROWS": max(self.config.bm, padded(lists.heads)), "PACK": lists.heads,
-            "IDS_MASKED": lists.masked, "FAST": p.scale > 0, "PRECISION": "tf32" if tf32(p.q) else "ieee",
+            "SPAN": 1 << (lists.heads - 1).bit_length(), "IDS_MASKED": lists.masked, "FAST": p.scale > 0,
+            "PRECISION": "tf32" if tf32(p.q) else "ieee",
         }  # fmt: skip
         if programs:
             launch(kernel, (programs,), arguments | given, self.config if config else None)

@@ -121,7 +121,7 @@ def _by_fused_kernel(
     """The same with normalised averages, their log-normaliser in the place of the highest score, and ones."""
     partial, top, total = at
     width = partial.shape[2]
-    q, k, v = (pad(t, (0, width - t.shape[2]))[:, None] for t in taken)
+    q, k, v = (t[:, None] if t.shape[2] == width else pad(t, (0, width - t.shape[2]))[:, None] for t in taken)
     mask = None if hidden is None else hidden[:, None]
     out, lse = _fused(q, k, v, 0.0, False, attn_mask=mask, scale=scale)  # type: ignore[misc]
     partial.copy_(out[:, 0])
@@ -148,7 +148,7 @@ def _sums(partial: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
     rows, slots, each, width = *place.shape, *partial.shape[1:]
     if not slots:
         return partial.new_zeros(rows, each, width)
-    at = (place[:, None] * each + torch.arange(each)[:, None]).view(-1, slots)
+    at = (place[:, None] * each + torch.arange(each, dtype=place.dtype)[:, None]).view(-1, slots)
     weights = None if weights is None else weights.reshape(-1, slots)
     return embedding_bag(at, partial.view(-1, width), per_sample_weights=weights, mode="sum").view(rows, each, width)
 

@@ -52,9 +52,9 @@ class Lists:
 
     Attributes:
         heads: Query heads that share each list.
-        source: int64 ``(E,)``: the row of each entry, and one beyond the last where an entry only fills a piece up.
-        mask: int64 ``(E,)``: the tile mask of each entry; read where a part is masked.
-        place: int64 ``(rows, k)``: the entries of each row, counted from the first one of its chunk; where there is
+        source: int32 ``(E,)``: the row of each entry, and one beyond the last where an entry only fills a piece up.
+        mask: int32 ``(E,)``: the tile mask of each entry; read where a part is masked.
+        place: int32 ``(rows, k)``: the entries of each row, counted from the first one of its chunk; where there is
             none, one beyond the last entry of the chunk.
         chunks: Every entry once.
         masks: bool ``(U, BM, BN)``, True where a pair is hidden.
@@ -126,6 +126,7 @@ def _inverted(layout: TileLayout, batch: int, heads: int, kv_heads: int, width: 
     place.view(-1)[chosen[entry[real]]] = own_place[real]
     chunks = _chunks(group, size, key[owner] % max(1, n_own), bounds.tolist(), step, n_rows)
     source, kind = row[entry].where(real, n_rows), (mask[chosen[entry]] - 1).clamp(min=0)
+    source, kind, place = (t.to(torch.int32) for t in (source, kind, place))
     return Lists(shared, source, kind, place, chunks, masks)
 
 

@@ -59,6 +59,8 @@ def refuse(layout: TileLayout, backend: str, plain: bool = True, qk: str = "exac
         reasons.append("the layout has runs, which masks make; lists of chosen tiles come from TileLayout.from_ids")
     elif backend == "blocked" and layout.ids.device.type != "cpu":
         reasons.append("on a GPU only backend='triton' has it")
+    if layout.ids is not None and layout.batch * layout.heads * layout.ids.shape[2:].numel() >= 2**31:
+        reasons.append("there are more than 2^31 chosen tiles")
     if backend == "triton" and layout.tile[0] != 1:
         reasons.append(f"the kernels take one query a tile, not {layout.tile[0]}")
     if backend == "triton" and (layout.tile[1] < 16 or layout.tile[1] & (layout.tile[1] - 1)):

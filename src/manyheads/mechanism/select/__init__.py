@@ -5,7 +5,7 @@ Scores are float32, ids int32 with -1 after the last, shapes static; nothing her
 | step | functions |
 |---|---|
 | cut into blocks, per document | `cut`, `block_causal`, `block_documents`, `own_blocks` |
-| score blocks | `pool`, `pooled_scores`, `centroid_scores`, `centroid_weights`, `low_bit_scores`, `scores_at` |
+| score blocks | `pool`, `pooled_scores`, `max_scores`, `centroid_scores`, `centroid_weights`, `low_bit_scores`, `scores_at` |
 | choose | `top_k`, `top_p`, `above`, `nearest_centroids`, with `Forced` blocks |
 | from coarse to fine | `coarse_to_fine`, `expand`, `refine`, `members`, `ids_of` |
 | another order of keys | `reorder`, `permute`, `inverse`, `check_permutation` |
@@ -24,7 +24,7 @@ from .estimate import low_bit_scores
 from .losses import index_loss
 from .matrix import pairs
 from .order import check_permutation, inverse, permute, reorder
-from .scores import pooled_scores
+from .scores import max_scores, pooled_scores
 from .training import Warmup, gated, straight_through
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "inverse",
     "load",
     "low_bit_scores",
+    "max_scores",
     "members",
     "nearest_centroids",
     "own_blocks",

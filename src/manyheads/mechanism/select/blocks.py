@@ -14,7 +14,7 @@ from manyheads.common.errors import unknown
 from manyheads.mask import Document, Mask
 
 POOLS = ("mean", "max", "norm")
-_CACHED = 1 << 20  # numbers
+_CACHED = 1 << 18  # numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +169,24 @@ def pool(
     check_block(block)
     if how not in POOLS:
         raise unknown("way of pooling", how, POOLS)
-    parts = [_pool(part, block, how, real) for part in x.split(_at_once(x), 1)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    hidden = None if real is None else ~real[:, None, :, None]
+    if how == "max":
+        x = x if hidden is None else x.masked_fill(hidden, float("-inf"))
+        top = _blockwise(x, block, lambda each: each.amax(3)).to(wide)
+        return top.masked_fill(top == float("-inf"), 0.0)
+    if hidden is not None:
+        x = x.masked_fill(hidden, 0.0)
+    heads, tokens = _at_once(x, block)
+    parts = [part.split(tokens, 2) for part in x.split(heads, 1)]
+    sums = [[_blockwise(some, block, lambda each: each.sum(3, dtype=wide)) for some in part] for part in parts]
+    total = torch.cat([torch.cat(part, 2) for part in sums], 1)
+    if real is None:
+        first = torch.arange(0, x.shape[2], block, device=x.device)
+        counts = (x.shape[2] - first).clamp(max=block).to(wide)[:, None]
+    else:
+        counts = _blockwise(real[:, None, :, None].to(wide), block, lambda each: each.sum(3)).clamp(min=1)
+    return total / (counts if how == "mean" else counts.sqrt())
 
 
 def block_causal(
@@ -275,26 +291,13 @@ def _last(tokens: int, block: int, device: torch.device | str | None) -> Tensor:
     return (torch.arange(0, tokens, block, device=device) + block).clamp(max=tokens) - 1
 
 
-def _at_once(x: Tensor) -> int:
-    """Heads that are pooled together: on a CPU so many that what is converted stays in the cache."""
-    tokens = x.shape[0] * x.shape[2] * x.shape[3]
-    return max(1, x.shape[1] if x.device.type != "cpu" else _CACHED // max(1, tokens))
-
-
-def _pool(x: Tensor, block: int, how: str, real: Tensor | None) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if real is not None:
-        x = x.masked_fill(~real[:, None, :, None], float("-inf") if how == "max" else 0.0)
-    if how == "max":
-        found = _blockwise(x, block, lambda part: part.amax(3)).to(wide)
-        return found.masked_fill(found == float("-inf"), 0.0)
-    total = _blockwise(x, block, lambda part: part.sum(3, dtype=wide))
-    if real is None:
-        first = torch.arange(0, x.shape[2], block, device=x.device)
-        counts = (x.shape[2] - first).clamp(max=block).to(wide)[:, None]
-    else:
-        counts = _blockwise(real[:, None, :, None].to(wide), block, lambda part: part.sum(3)).clamp(min=1)
-    return total / (counts if how == "mean" else counts.sqrt())
+def _at_once(x: Tensor, block: int) -> tuple[int, int]:
+    """Heads and tokens that are pooled together: on a CPU so many that what is converted stays in the cache."""
+    batch, heads, tokens, width = x.shape
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return heads or 1, tokens or 1
+    some = max(1, _CACHED // max(1, batch * width * block)) * block
+    return max(1, _CACHED // max(1, batch * width * tokens)), some
 
 
 def _blockwise(x: Tensor, block: int, reduce: Any) -> Tensor:

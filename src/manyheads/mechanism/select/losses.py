@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .blocks import check_block
 
-_NUMBERS = 1 << 22  # gathered at a time, by default
+_NUMBERS = 1 << 22  # held at a time, by default
+_GATHERED = 8  # so many times dearer is a product with a gathered key than with a key in place
 
 
 def index_loss(
@@ -75,13 +76,15 @@ def index_loss(
     """
     sets = _check(q, k, index_q, index_k, ids, weights, block, q_block)
     document = None if lens is None else _documents(lens, q, k)
+    gather = ids is not None and ids.shape[3] * block * _GATHERED < k.shape[2]
     call = _Call(
         q.shape[3] ** -0.5 if scale is None else float(scale),
         index_q.shape[3] ** -0.5 if index_scale is None else float(index_scale),
         sets,
         block,
         q_block,
-        chunk or _chunk(q, index_q, ids, sets, block, k.shape[2]),
+        gather,
+        chunk or _chunk(q, k, index_q, sets, ids.shape[3] * block if ids is not None and gather else 0),
     )
     return _IndexLoss.apply(q.detach(), k.detach(), index_q, index_k, weights, ids, document, call)
 
@@ -92,6 +95,7 @@ class _Call(NamedTuple):
     sets: int
     block: int
     q_block: int
+    gather: bool
     chunk: int
 
 
@@ -144,30 +148,41 @@ class _IndexLoss(torch.autograd.Function):
 
 def _chunks(
     q: Tensor, k: Tensor, ids: Tensor | None, document: Tensor | None, call: _Call
-) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
-    """Some queries at a time: their tokens (B|1, S, c, K), or None for all, and which of them they may see."""
+) -> Iterator[tuple[slice, Tensor | int, Tensor]]:
+    """Some queries at a time: the tokens of each, (B|1, S, c, K), or so many first ones, and which of them count."""
     nq, nk = q.shape[2], k.shape[2]
     for start in range(0, nq, call.chunk):
         rows = slice(start, min(start + call.chunk, nq))
         at = torch.arange(rows.start, rows.stop, device=q.device)
         place = (at + (nk - nq))[:, None]
-        if ids is None:
-            tokens, found = None, torch.arange(nk, device=q.device)[None, None, None]
-            visible = found <= place
-        else:
-            chosen = ids.index_select(2, at // call.q_block).long()[..., None]
-            found = chosen * call.block + torch.arange(call.block, device=q.device)
-            found = torch.where(chosen < 0, nk, found).flatten(3)
+        chosen = None if ids is None else ids.index_select(2, at // call.q_block).long()
+        count = max(1, rows.stop + nk - nq)
+        tokens: Tensor | int = count
+        if chosen is not None and call.gather:
+            found = chosen[..., None] * call.block + torch.arange(call.block, device=q.device)
+            found = torch.where(chosen[..., None] < 0, nk, found).flatten(3)
             visible = found <= place
             tokens = found = found.clamp(max=nk - 1)
+            other = None if document is None else _look_up(document, found)
+        else:
+            visible = (torch.arange(count, device=q.device) <= place)[None, None]
+            if chosen is not None:
+                visible = visible & _among(chosen, count, call.block)
+            other = None if document is None else document[:, None, None, :count]
         if document is not None:
-            own = document[:, rows][:, None, :, None]
-            other = document[:, None, None] if tokens is None else _look_up(document, found)
-            visible = visible & (own == other)
+            visible = visible & (document[:, rows][:, None, :, None] == other)
         yield rows, tokens, visible
 
 
-def _teacher(q: Tensor, k: Tensor, tokens: Tensor | None, visible: Tensor, call: _Call) -> Tensor:
+def _among(chosen: Tensor, tokens: int, block: int) -> Tensor:
+    """Which of the first tokens lie in chosen blocks, (B|1, S, c, tokens)."""
+    blocks = -(-tokens // block)
+    at = torch.where((chosen < 0) | (chosen > blocks), blocks, chosen)
+    kept = torch.zeros(*chosen.shape[:3], blocks + 1, dtype=torch.bool, device=chosen.device).scatter(3, at, True)
+    return kept[..., :-1].repeat_interleave(block, 3)[..., :tokens]
+
+
+def _teacher(q: Tensor, k: Tensor, tokens: Tensor | int, visible: Tensor, call: _Call) -> Tensor:
     """The attention over the chosen keys, averaged over the query heads of each set: (B, S, c, K)."""
     heads, kv_heads, sets = q.shape[1], k.shape[1], call.sets
     each = max(1, kv_heads // sets)  # key heads of a set
@@ -185,10 +200,10 @@ def _teacher(q: Tensor, k: Tensor, tokens: Tensor | None, visible: Tensor, call:
 # each query, (B, S, c, K, D).
 
 
-def _gathered(keys: Tensor, tokens: Tensor | None, sets: int) -> Tensor:
+def _gathered(keys: Tensor, tokens: Tensor | int, sets: int) -> Tensor:
     keys = keys.expand(-1, sets, -1, -1)
-    if tokens is None:
-        return keys
+    if isinstance(tokens, int):
+        return keys[:, :, :tokens]
     flat = tokens.expand(keys.shape[0], sets, -1, -1).flatten(2)[..., None].expand(-1, -1, -1, keys.shape[3])
     return keys.gather(2, flat).unflatten(2, tokens.shape[2:])
 
@@ -202,11 +217,11 @@ def _times(x: Tensor, keys: Tensor) -> Tensor:
     return x @ keys if keys.dim() == 5 else (x.flatten(2, 3) @ keys).unflatten(2, x.shape[2:4])
 
 
-def _add(total: Tensor, tokens: Tensor | None, queries: Tensor, d_products: Tensor) -> None:
+def _add(total: Tensor, tokens: Tensor | int, queries: Tensor, d_products: Tensor) -> None:
     """Adds what some queries give to the gradient of the indexer's keys."""
-    if tokens is None:
+    if isinstance(tokens, int):
         found = d_products.flatten(2, 3).mT @ queries.flatten(2, 3)
-        total += found.sum(1, keepdim=True) if total.shape[1] == 1 else found
+        total[:, :, :tokens] += found.sum(1, keepdim=True) if total.shape[1] == 1 else found
         return
     found = (d_products.mT @ queries).flatten(2, 3)
     flat = tokens.expand(*found.shape[:2], -1, -1).flatten(2)[..., None].expand_as(found)
@@ -244,12 +259,11 @@ def _documents(lens: Any, q: Tensor, k: Tensor) -> Tensor:
     return torch.searchsorted(own.cumsum(-1), at, right=True).to(q.device)
 
 
-def _chunk(q: Tensor, index_q: Tensor, ids: Tensor | None, sets: int, block: int, keys: int) -> int:
+def _chunk(q: Tensor, k: Tensor, index_q: Tensor, sets: int, gathered: int) -> int:
     """Queries at a time for about `_NUMBERS` numbers."""
-    width = max(q.shape[3], index_q.shape[3]) if ids is not None else 0
-    seen = keys if ids is None else ids.shape[3] * block
-    row = q.shape[0] * seen * (sets * width + max(q.shape[1], index_q.shape[1]))
-    return max(1, min(q.shape[2], _NUMBERS // max(1, row)))
+    heads = max(q.shape[1], index_q.shape[1])
+    row = gathered * (heads + sets * max(q.shape[3], index_q.shape[3])) if gathered else k.shape[2] * heads
+    return max(1, min(q.shape[2], _NUMBERS // max(1, q.shape[0] * row)))
 
 
 def _check(

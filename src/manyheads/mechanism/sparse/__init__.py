@@ -11,7 +11,9 @@ from .neighborhood import neighborhood_attention
 from .neighborhood_parts import neighborhood_average, neighborhood_scores
 from .neighborhood_tokens import permute_tokens, unpermute_tokens
 from .nsa import Compression, NSAConfig, compress, nsa
+from .pbs import PBS, pbs
 from .pooled import pooled_topk
+from .sale import SALE, sale
 
 __all__ = [
     "Compression",
@@ -19,6 +21,8 @@ __all__ = [
     "MISA",
     "MSAConfig",
     "NSAConfig",
+    "PBS",
+    "SALE",
     "Trained",
     "blasst",
     "compress",
@@ -30,8 +34,10 @@ __all__ = [
     "neighborhood_average",
     "neighborhood_scores",
     "nsa",
+    "pbs",
     "permute_tokens",
     "pooled_topk",
+    "sale",
     "train_msa",
     "unpermute_tokens",
 ]

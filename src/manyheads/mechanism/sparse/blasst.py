@@ -373,7 +373,7 @@ SPEC = Spec(
     selection=selection,
     paper="BLASST: Dynamic Blocked Attention Sparsity via Softmax Thresholding, arXiv 2512.12087",
     inputs=qkv(mask=lambda size: "causal" if size.causal else None, threshold=0.2, tile=(16, 16)),
-    backends=("reference", "blocked", "triton"),
+    backends=("reference", "blocked"),
     supports={
         "noncausal_self", "causal_self", "noncausal_cross", "causal_cross", "mask", "gqa", "value_width", "lse",
         "backward",

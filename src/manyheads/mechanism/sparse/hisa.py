@@ -214,7 +214,7 @@ SPEC = Spec(
         index_w=drawn("BHQ", salt=3, wide=False),
     ),
     gates={"index_q": "BHQD", "index_k": "BND", "index_w": "BHQ"},
-    backends=("reference", "blocked", "triton"),
+    backends=("reference", "blocked"),  # "triton" too, which the tests of `gather` hold: interpreted it takes minutes
     supports={"causal_self", "causal_cross", "gqa", "value_width", "lse", "backward"},
     invariances=("packed", "batch", "heads", "causal_selection"),
     axes={"carrier": "best tokens of best blocks", "kernel": "exp", "estimator": "average", "execution": "token ids"},

@@ -122,8 +122,7 @@ def misa(
         tensor([0, 2], dtype=torch.int32)
     """
     SPEC.check(q, k, v, causal=True, lse=return_lse)
-    index = {"index_q": index_q, "index_k": index_k, "index_w": index_w}
-    ids = selection(q, k, v, **index, keep=keep, config=config, mask=mask)
+    ids = selection(q, k, v, index_q=index_q, index_k=index_k, index_w=index_w, keep=keep, config=config, mask=mask)
     return method.attend(q, k, v, ids, scale, return_lse, backend)
 
 
@@ -242,7 +241,7 @@ SPEC = Spec(
         index_w=drawn("BHQ", salt=3, wide=False),
     ),
     gates={"index_q": "BHQD", "index_k": "BND", "index_w": "BHQ"},
-    backends=("reference", "blocked", "triton"),
+    backends=("reference", "blocked"),  # "triton" too, which the tests of `gather` hold: interpreted it takes minutes
     supports={"causal_self", "causal_cross", "gqa", "value_width", "lse", "backward"},
     invariances=("packed", "batch", "heads", "causal_selection"),
     axes={"carrier": "best tokens of a few heads", "kernel": "exp", "estimator": "average", "execution": "token ids"},

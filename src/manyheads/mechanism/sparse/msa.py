@@ -102,7 +102,7 @@ def msa(
         Scoring costs a product of Di channels for every causal pair and key head; no table of all pairs is held.
 
     Source:
-        MiniMax Sparse Attention, arXiv 2606.13392.
+        Lai et al., MiniMax Sparse Attention, arXiv 2606.13392.
 
     Example:
         >>> q, k, v = torch.randn(1, 4, 50, 8), torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)
@@ -232,7 +232,7 @@ def train_msa(
         UnsupportedError: For masks other than those of :func:`msa`.
 
     Source:
-        MiniMax Sparse Attention, arXiv 2606.13392.
+        Lai et al., MiniMax Sparse Attention, arXiv 2606.13392.
 
     Example:
         >>> q, k, v = torch.randn(1, 4, 50, 8), torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)
@@ -345,7 +345,7 @@ SPEC = Spec(
     fn=msa,
     reference=reference,
     selection=selection,
-    paper="MiniMax Sparse Attention, arXiv 2606.13392",
+    paper="Lai et al., MiniMax Sparse Attention, arXiv 2606.13392",
     inputs=qkv(
         config=MSAConfig(block=16, keep=3),
         mask=lambda size: "causal" if size.causal else "full",

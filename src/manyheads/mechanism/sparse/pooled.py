@@ -78,8 +78,11 @@ def pooled_topk(
     parts, ids = _choose(q, k, v, causal, lens, keep, block, share, how, scale)
     layout = _layout(parts, ids, block, causal)
     padding = None if causal else parts.key_padding(q.shape[0])
+    q, k, v = parts.tensors
     got = tiled(
-        *parts.tensors,
+        q,
+        k,
+        v,
         layout,
         scale=scale,
         key_padding=padding,

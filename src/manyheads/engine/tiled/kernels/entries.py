@@ -1,9 +1,10 @@
 """Key tiles outermost, one query a tile (FSA, 2025): kernels over the queries that chose a key tile.
 
 An *entry* is one query's choice of one key tile. A program owns a *piece* of the entries of a tile: it loads the tile
-once, and its rows are queries that lie anywhere, ``PACK`` heads of each. What a query gets from a tile is written to
-the place of the entry, ``(section, head, query, slot)``; another kernel adds the slots of each query up. A *section*
-is a range of queries of the heads that share a list; a launch takes some sections, so that memory is bounded.
+once, and its rows are queries that lie anywhere, ``PACK`` heads of each in ``SPAN`` rows, a power of two. What a query
+gets from a tile is written to the place of the entry, ``(section, head, query, slot)``; another kernel adds the slots
+of each query up. A *section* is a range of queries of the heads that share a list; a launch takes some sections, so
+that memory is bounded.
 """
 
 import triton
@@ -29,22 +30,21 @@ def _owner(owner, piece, nk, group, units_b, ranges, BN: tl.constexpr, PACK: tl.
 
 
 @triton.jit
-def _rows(x, stop, entry, slots, h0, PACK: tl.constexpr, ROWS: tl.constexpr):
-    """Place in the sorted list, entry, head, query and presence of each row; the last entry again past the end."""
+def _rows(x, stop, entry, slots, PACK: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr):
+    """Place in the sorted list, entry, head, query and presence of each row; the last one again past the end."""
     r = tl.arange(0, ROWS)
-    at = x + r // PACK
-    live = (r // PACK < ROWS // PACK) & (at < stop)
+    at = x + r // SPAN
+    live = (r % SPAN < PACK) & (at < stop)
     at = tl.minimum(at, stop - 1)
     e = tl.load(entry + at)
-    return at, e, h0 + r % PACK, e // slots, live
+    return at, e, tl.minimum(r % SPAN, PACK - 1), e // slots, live
 
 
 @triton.jit
-def _places(section, ranges, first, step, slots, e, PACK: tl.constexpr, ROWS: tl.constexpr):
+def _places(section, ranges, first, step, slots, g, e, PACK: tl.constexpr):
     """Where the results of the entries lie."""
     size = step.to(tl.int64) * slots
-    head = (section - first).to(tl.int64) * PACK + tl.arange(0, ROWS) % PACK
-    return (head - section % ranges) * size + e
+    return ((section - first).to(tl.int64) * PACK - section % ranges + g) * size + e
 
 
 @triton.jit(do_not_specialize=ENTRIES)
@@ -52,11 +52,12 @@ def entries_forward(
     q, k, v, part, stats, entry, mask_id, owner, start, stop, bits,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, nq, nk, group, units_b, ranges, step, slots, first, scale,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
-    PACK: tl.constexpr, IDS_MASKED: tl.constexpr, FAST: tl.constexpr, EXP: tl.constexpr, PRECISION: tl.constexpr,
+    PACK: tl.constexpr, SPAN: tl.constexpr, IDS_MASKED: tl.constexpr, FAST: tl.constexpr, EXP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Averages over one key tile, and their natural log-normalisers, for every entry of a piece."""
     NATURAL: tl.constexpr = q.dtype.element_ty == tl.float32
-    PER: tl.constexpr = ROWS // PACK
+    PER: tl.constexpr = ROWS // SPAN
     piece = tl.program_id(0)
     t, section, b, h0, kv = _owner(owner, piece, nk, group, units_b, ranges, BN, PACK)
     far = b.to(tl.int64)
@@ -68,7 +69,8 @@ def entries_forward(
     d = tl.arange(0, BDV)
     last = tl.load(stop + piece)
     for x in range(tl.load(start + piece), last, PER):
-        at, e, h, i, live = _rows(x, last, entry, slots, h0, PACK, ROWS)
+        at, e, g, i, live = _rows(x, last, entry, slots, PACK, SPAN, ROWS)
+        h = h0 + g
         qt = load_packed(q + far * sqb, h, i, sqh, sqn, D, BD)
         s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
         if not FAST:
@@ -91,7 +93,7 @@ def entries_forward(
             lse += m
         else:
             lse += m * LN2
-        place = _places(section, ranges, first, step, slots, e, PACK, ROWS)
+        place = _places(section, ranges, first, step, slots, g, e, PACK)
         tl.store(stats + place, tl.where(norm == 0.0, float("-inf"), lse), mask=live)
         to = part + place[:, None] * DV + d[None, :]
         tl.store(to, acc.to(part.dtype.element_ty), mask=live[:, None] & (d < DV)[None, :])
@@ -117,11 +119,11 @@ def entries_backward(
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sdb, sdh, sdn,
     nq, nk, heads, group, units_b, ranges, step, slots, first, scale,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
-    PACK: tl.constexpr, IDS_MASKED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    PACK: tl.constexpr, SPAN: tl.constexpr, IDS_MASKED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a key tile from one piece of its entries, and of the queries from this tile; keys first."""
     NATURAL: tl.constexpr = q.dtype.element_ty == tl.float32
-    PER: tl.constexpr = ROWS // PACK
+    PER: tl.constexpr = ROWS // SPAN
     piece = tl.program_id(0)
     t, section, b, h0, kv = _owner(owner, piece, nk, group, units_b, ranges, BN, PACK)
     far = b.to(tl.int64)
@@ -135,7 +137,8 @@ def entries_backward(
     gv = tl.zeros([BN, BDV], tl.float32)
     last = tl.load(stop + piece)
     for x in range(tl.load(start + piece), last, PER):
-        at, e, h, i, live = _rows(x, last, entry, slots, h0, PACK, ROWS)
+        at, e, g, i, live = _rows(x, last, entry, slots, PACK, SPAN, ROWS)
+        h = h0 + g
         qt = load_packed(q + far * sqb, h, i, sqh, sqn, D, BD)
         dt = load_packed(dout + far * sdb, h, i, sdh, sdn, DV, BDV)
         row = (b * heads + h).to(tl.int64) * nq + i
@@ -158,7 +161,7 @@ def entries_backward(
         ds = (w * (dw - et[None, :])).to(qt.dtype)
         gk = tl.dot(ds, qt, gk, input_precision=PRECISION)
         gq = tl.dot(tl.trans(ds), kt, input_precision=PRECISION) * scale
-        to = part + _places(section, ranges, first, step, slots, e, PACK, ROWS)[:, None] * D + d[None, :]
+        to = part + _places(section, ranges, first, step, slots, g, e, PACK)[:, None] * D + d[None, :]
         tl.store(to, gq.to(part.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
     at = (piece.to(tl.int64) * BN + j)[:, None]
     tl.store(dk + at * D + d[None, :], gk * scale, mask=(d < D)[None, :])
