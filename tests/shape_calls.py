@@ -9,6 +9,7 @@ import ast
 import functools
 import inspect
 import json
+import sys
 from pathlib import Path
 
 import beartype
@@ -108,6 +109,7 @@ def typical():
     yield from selectors()
     yield from chosen()
     yield from indexed()
+    yield from skipping()
     yield "slope", functools.partial(interpolate, q, k, v, torch.zeros(2, 6, q.shape[3], v.shape[3]), mask="causal")
     for heads in (1, 2, 6):
         ids = torch.full((1, heads, 5, 3), 8, dtype=torch.int32)
@@ -319,3 +321,41 @@ def main():
         jaxtyping.config.update("jaxtyping_disable", False)
     names = [".".join(pair) for pair in shaped]
     print(json.dumps({"failures": failures, "called": sorted(called), "annotated": names}))
+
+
+def skipping():
+    """Calls of quantisation, and of what stands beside the mechanisms that skip tiles and blocks."""
+    from manyheads import Causal, Document
+    from manyheads.common.quantise import pack_int4, quantise, smoothed, unpack_int4
+    from manyheads.mechanism.sparse import blasst, pbs, sale
+    from manyheads.spec import find
+
+    q, k, v = torch.rand(2, 6, 40, 8), torch.rand(2, 2, 40, 8), torch.rand(2, 2, 40, 5)
+    low = quantise(k, 4, block=3)
+    yield "steps", lambda: low.steps
+    yield "dequantise", low.dequantise
+    yield "packed", low.packed
+    yield "smoothed", functools.partial(smoothed, q, k)
+    yield "pack", functools.partial(pack_int4, low.values)
+    yield "unpack", functools.partial(unpack_int4, pack_int4(low.values), 8)
+    part = {name: sys.modules[f.__module__] for name, f in (("blasst", blasst), ("pbs", pbs), ("sale", sale))}
+    counts = functools.partial(part["blasst"].skipped_tiles, q, k, [0.1, 0.5], tile=(8, 8))
+    yield "skipped tiles", counts
+    yield "sparsity", lambda: counts()[0].sparsity
+    small = find("sale").inputs(_size()).options["config"]
+    yield "calibrate sale", functools.partial(part["sale"].calibrate, q, k, v, config=small)
+    small = find("pbs").inputs(_size()).options["config"]
+    yield "key scores", functools.partial(part["pbs"].key_scores, q, k, small)
+    yield "visited tiles", functools.partial(part["pbs"].visited_tiles, q, k, config=small)
+    for slug in ("blasst", "pbs", "sale"):
+        spec = find(slug)
+        case = spec.inputs(_size())
+        options = case.options | {"mask": Document([11, 22]) & Causal()}
+        yield f"{slug}, documents", functools.partial(spec.fn, *case[:3], **options)
+        yield f"{slug}, its choice in documents", functools.partial(spec.selection, *case[:3], **options)
+
+
+def _size():
+    from manyheads.spec import Size
+
+    return Size(batch=1, causal=True)

@@ -33,7 +33,9 @@ def test_every_way_is_measured_at_every_setting_with_what_it_loses(rows):
     for row in ways:
         assert (row.status, row.gate) == ("measured", "lossy"), (row.provider, row.setting, row.reason, row.note)
         assert row.speed == pytest.approx(whole / row.median_ms) and 0 < row.selection <= 1
-        assert 0 < row.mass < 1 and 0 < row.recall < 1 and 0 < row.area < 1 and row.error_norm > 0
+        assert 0 < row.mass <= 1 and 0 < row.recall <= 1 and 0 < row.area <= 1 and row.error_norm > 0
+        if row.provider not in ("sale", "pbs", "blasst"):  # these keep all of what is short
+            assert row.mass < 1 and row.area < 1
         assert row.ratio is None and Row.from_dict(__import__("json").loads(row.to_json())) == row
 
 

@@ -99,7 +99,7 @@ def test_permuting_permutes_the_result(spec, backend, axis, size, generator):
     order = torch.randperm(case.q.shape[dim], generator=generator).to(size.device)
 
     def permuted(q, k, v, **options):
-        options = on_axis(spec, options, "BH"[dim], lambda gate, at: gate.index_select(at, order))
+        options = on_axis(spec, options, ("B", "HG")[dim], lambda gate, at: gate.index_select(at, order))
         got = plainly(spec, backend)(*(t.index_select(dim, order) for t in (q, k, v)), **options)
         back = order.argsort()
         if isinstance(got, Attn):

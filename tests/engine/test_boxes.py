@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import manyheads as mh
 from manyheads import Neighborhood, attention
 from manyheads.engine.tiled import boxes, boxing, tiled
+from manyheads.engine.tiled.op import op
+from manyheads.engine.tiled.problem import AUTO
 from manyheads.mechanism import exact
 from manyheads.testing import assert_within_budget, nan_poisoned, sample_qkv
 from tests.mask import cases
@@ -171,3 +173,10 @@ def test_compiled_calls_are_the_same():
     q = torch.randn(1, 1, 1600, 8)
     compiled = torch.compile(lambda q: attention(q, q, q, mask=mask), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q), attention(q, q, q, mask=mask))
+
+
+def test_the_operator_keeps_its_promises_on_boxes():
+    mask = Neighborhood((40, 40), 7)
+    q, k, v = (t.requires_grad_() for t in sample_qkv(1, 2, 1600, width=8))
+    rest = ("", [], None, 8**-0.5, 0.0, 0.0, None, 0.0, "softmax", AUTO, (0, 0), (0, 0), False, "blocked")
+    torch.library.opcheck(op, (q, k, v, mask.text, [], None, None, None, *rest))

@@ -133,7 +133,7 @@ def cycles(
         Cycles; infinite if a multiprocessor cannot hold even one program.
 
     Example:
-        >>> slow, fast = (cycles("entries_forward", "sm_90", 128, 2, "plain", (64, 64, 4, n)) for n in (1, 2))
+        >>> slow, fast = (cycles("entries_forward", "sm_90", 128, 2, "plain", (n, 64, 4, 2)) for n in (16, 64))
         >>> fast < slow
         True
     """

@@ -60,7 +60,8 @@ def order(
     """
     if mask is None:
         mask = default
-    if isinstance(mask, str) and mask in ("causal", "full"):  # no value: a compiler must not meet one twice, and equal ones are one object
+    if isinstance(mask, str) and mask in ("causal", "full"):
+        # equal masks are one object, which a compiler must not meet by two ways: no value is made where none is needed
         spec.require("causal_self" if mask == "causal" else "noncausal_self")
         return mask == "causal", None
     if isinstance(mask, str):

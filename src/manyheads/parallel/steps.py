@@ -129,7 +129,8 @@ class Call:
         padding = None if self.padding is None else self.padding[:, placed(k_index, self.padding.device)]
         cuts = [Cut(term, self.heads, q_index, k_index) for term in self.terms]
         text, data = biases.flatten(biases.Bias(tuple(cut.term for cut in cuts)) if cuts else None)
-        options = (self.scale, self.softcap, self.dropout_p, self.seed if self.dropout_p else None, 0.0, "softmax", AUTO)
+        seed = self.seed if self.dropout_p else None
+        options = (self.scale, self.softcap, self.dropout_p, seed, 0.0, "softmax", AUTO)
         where = ((0, 0), (0, self.heads.start), True, self.backend)
         mask = (self.mask.text, list(self.mask.data), q_index, k_index, padding)
         return (q, k, v, *mask, text, data, None, *options, *where), cuts

@@ -73,6 +73,17 @@ def test_blocks_of_one_token_give_the_flat_choice_up_to_the_forced_tokens():
     assert both.sum() > 12 and torch.equal(got[both], flat[both])
 
 
+@pytest.mark.parametrize("keep", [32, 40])
+def test_keeping_every_candidate_is_attention_to_whole_blocks(keep):
+    q, k, v = sample_qkv(2, 2, 203, dtype=torch.float64, seed=4)
+    config = HISA(8, keep // 8, flat_below=0)
+    options = named(drawn(203)) | {"keep": keep, "config": config}
+    got, want = (fn(q, k, v, **options) for fn in (hisa, reference))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    seen = chosen(drawn(203), keep, config)[:, 202, :200].unflatten(-1, (25, 8))
+    assert torch.equal(seen.all(-1), seen.any(-1)) and (seen.any(-1).sum(-1) == keep // 8 - 1).all()
+
+
 @pytest.mark.parametrize("config", [SMALL, HISA(8, 1, flat_below=0), HISA(5, 6, flat_below=90), HISA(8, 4)])
 @pytest.mark.parametrize("lens", [None, [50, 1, 0, 152]])
 def test_the_choice_is_that_of_the_definition(config, lens):

@@ -16,6 +16,7 @@ from manyheads.mask import TileLayout
 from manyheads.mechanism.select import pairs
 from manyheads.mechanism.sparse import Compression, NSAConfig, compress, nsa
 from manyheads.mechanism.sparse.nsa import reference, selection
+from manyheads.spec import Size, find
 
 F64 = torch.float64
 SMALL = NSAConfig(kernel=8, stride=4, block=16, keep=3, first=1, local=1, window=9, rope=RoPE())
@@ -241,6 +242,20 @@ def test_wrong_calls_say_what_is_wrong(generator):
         nsa(q[:1, :, :3], k[:1], v[:1], mask=Document([3]) & Causal(), config=SMALL)
     with pytest.raises(ValueError, match="unknown order 'rows'"):
         nsa(q, k, v, config=SMALL, order="rows")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", ["fsa", "msa"])
+def test_kernels_give_values_and_gradients_of_the_plain_mechanism(slug, device):
+    pytest.importorskip("triton")
+    spec = find(slug)
+    case = spec.inputs(Size(batch=1, heads=4, kv_heads=2, queries=45, causal=True, device=device))
+    chosen = spec.selection(*case[:3], **case.options)
+    qkv = [t.requires_grad_() for t in case[:3]]
+    ways = (spec.fn, {"backend": "triton"}), (spec.reference, {"chosen": chosen})
+    got, want = (torch.autograd.grad((fn(*qkv, **case.options, **more) ** 2).sum(), qkv) for fn, more in ways)
+    for one, other in zip(got, want, strict=True):
+        close(one, other, 1e-4)
 
 
 def test_a_layout_says_what_is_visited(generator):

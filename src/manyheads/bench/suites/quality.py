@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from manyheads.bench.environment import version
 from manyheads.bench.row import Row
 from manyheads.bench.suite import Case, Context, Options, Suite
+from manyheads.bench.suites import quality_needle
 from manyheads.bench.tasks import TASKS, Task
 from manyheads.bench.tasks.crew import Job, do_all
 from manyheads.bench.tasks.train import Protocol, Trained
@@ -114,7 +115,7 @@ def cases(options: Options) -> list[Case]:
             needs = tuple(case for some in models.values() for case in some)
             judge = functools.partial(_judge, claims=claims, models=models)
             found.append(Case("quality", f"claims-{task}", judge, 0.0, tuple(chosen), needs))
-    return found
+    return found + quality_needle.cases(options)
 
 
 def protocol_of(task: str, level: str) -> Protocol:
@@ -300,5 +301,5 @@ SUITE = Suite(
     "quality",
     "Small models of each mechanism, trained: recall, regression, states, text. Runs when it is named.",
     cases,
-    tuple(MECHANISMS),
+    (*MECHANISMS, *quality_needle.MIXERS),
 )

@@ -57,7 +57,7 @@ def made(options: Options) -> list[Bar]:
     heads, kv_heads = ((8, 4), (8, 1), (4, 2), (12, 2))[int(rng.integers(4))]
     drawn = Shape(int(rng.integers(7000, 9500)), heads, kv_heads, 64, "bfloat16", options.seed)
     found = [_blocks(shape, options) for shape in (Shape(LENGTH, dtype="bfloat16", seed=options.seed), drawn)]
-    found += [_indexers(n, keep, options) for n, keep in ((32_768, 2048), (int(rng.integers(24_000, 40_000)), 1536))]
+    found += [_indexers(n, keep, options) for n, keep in ((32_768, 2048), (int(rng.integers(32_768, 44_000)), 1536))]
     grid = (int(rng.integers(56, 84)), int(rng.integers(56, 84)))
     for shape, window, count, width in (((96, 96), 13, 4, 32), (grid, int(rng.choice([7, 9, 11, 15])), 3, 40)):
         found += [_near(shape, window, count, width, phase, options) for phase in NEAR]

@@ -26,6 +26,7 @@ from manyheads.mechanism.sparse.hisa import HISA
 from manyheads.mechanism.sparse.indexer import (
     TUNINGS,
     Index,
+    PooledKeys,
     clustered_index,
     flat_scan_of,
     index_of_heads,
@@ -101,8 +102,9 @@ def _indexed(context: Context, name: str, index: Index, keep: int, source: str, 
     calls: dict[str, Callable[[], Tensor]] = {}
     for rows, piece in TUNINGS if tuned else TUNINGS[:1]:
         calls[f"flat {rows} {piece}"] = functools.partial(_flat, index, keep, rows, piece)
+    pooled = PooledKeys(128).append(index.k)  # kept as keys come, so made outside the clock
     for who, method in methods.items():
-        calls[who] = functools.partial(index_tokens, index, keep=keep, method=method)
+        calls[who] = functools.partial(index_tokens, index, keep=keep, method=method, pooled=pooled)
     context.say(f"targets/{name}: {len(calls)} indexers")
     with torch.no_grad():
         wanted = index_tokens(index, keep=keep)

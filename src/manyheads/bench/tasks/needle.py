@@ -22,7 +22,7 @@ class Selects(Protocol):
         """Blocks ``(B, G, N, keep)`` of tokens ``x (B, N, C)``, -1 for none."""
 
 
-def task(length: int = 320, needles: int = 8, questions: int = 64) -> Task:
+def task(length: int = 160, needles: int = 8, questions: int = 64) -> Task:
     """Makes the task.
 
     Args:
@@ -104,15 +104,15 @@ def recall(model: nn.Module, inputs: Tensor) -> list[float]:
     kept = chosen(model, inputs)
     if not kept:
         raise ValueError("model: no layer selects blocks")
-    return [_found(ids, block, inputs) for ids, block in kept]
+    return [found(ids, block, inputs) for ids, block in kept]
 
 
 def chosen(model: nn.Module, inputs: Tensor) -> list[tuple[Tensor, int]]:
     """What each selecting layer chooses, and the tokens of its blocks."""
-    found: list[tuple[Tensor, int]] = []
+    kept: list[tuple[Tensor, int]] = []
 
     def look(layer: Any, given: tuple[Tensor, ...], options: dict[str, object]) -> None:
-        found.append((layer.chosen(given[0]), int(layer.block)))
+        kept.append((layer.chosen(given[0]), int(layer.block)))
 
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules() if hasattr(m, "chosen")]
     try:
@@ -121,7 +121,7 @@ def chosen(model: nn.Module, inputs: Tensor) -> list[tuple[Tensor, int]]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return kept
 
 
 def at_random(ids: Tensor, block: int, generator: Generator) -> Tensor:
@@ -152,7 +152,8 @@ def at_random(ids: Tensor, block: int, generator: Generator) -> Tensor:
     return torch.where(torch.arange(drawn.shape[-1]) < count, drawn, -1)
 
 
-def _found(ids: Tensor, block: int, inputs: Tensor) -> float:
+def found(ids: Tensor, block: int, inputs: Tensor) -> float:
+    """How often chosen blocks hold the answer; arguments as for :func:`at_random` and :func:`recall`."""
     place = places(inputs)
     wanted = place // block
     asked = (place >= 0) & (wanted != torch.arange(inputs.shape[1]) // block)

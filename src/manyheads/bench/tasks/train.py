@@ -177,6 +177,8 @@ def learn(
     seed: int,
     rate: float,
     say: Callable[[str], None] = lambda text: None,
+    *,
+    before: Callable[[int], object] = lambda step: None,
 ) -> list[float]:
     """Updates a model.
 
@@ -187,6 +189,7 @@ def learn(
         seed: Of the training examples.
         rate: The highest learning rate.
         say: Told now and then how far it is.
+        before: Called with the number of each step before it, such as to end a phase.
 
     Returns:
         The loss of each step, the last one not finite if it diverged.
@@ -197,6 +200,7 @@ def learn(
     losses: list[float] = []
     start = time.perf_counter()
     for step in range(protocol.steps):
+        before(step)
         batch = task.draw(protocol.batch, examples, False)
         loss = task.loss(model(batch.inputs), batch)
         losses.append(float(loss.detach()))

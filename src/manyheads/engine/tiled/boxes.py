@@ -53,7 +53,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
     """Gradients with scores computed again, in the dtype of the scores."""
     assert p.boxes is not None
     acc = p.accumulate
-    delta = (dout.to(acc) * out).sum(-1)
+    delta = (dout.double() * out).sum(-1).to(acc)
     if dlse is not None:
         delta -= dlse
     dq = torch.empty(p.q.shape, dtype=p.result(p.q.dtype))
@@ -133,8 +133,11 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float) -> tuple[
 
 
 def _exponentials(s: Tensor, factor: float, anchor: Tensor) -> Tensor:
-    """``exp(factor * s - anchor)`` in place; ``exp`` itself is many times slower where its result is zero."""
-    return torch.sub(anchor * -_LOG2E, s, alpha=-_LOG2E * factor, out=s).exp2_()
+    """``exp(factor * s - anchor)`` in place; ``exp`` itself is many times slower where its result is zero.
+
+    The difference is taken first: numbers near zero lose nothing when they are multiplied.
+    """
+    return torch.sub(anchor, s, alpha=factor, out=s).mul_(-_LOG2E).exp2_()
 
 
 _LOG2E = math.log2(math.e)

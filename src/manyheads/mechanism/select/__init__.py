@@ -5,7 +5,8 @@ Scores are float32, ids int32 with -1 after the last, shapes static; nothing her
 | step | functions |
 |---|---|
 | cut into blocks, per document | `cut`, `block_causal`, `block_documents`, `own_blocks` |
-| score blocks | `pool`, `pooled_scores`, `max_scores`, `centroid_scores`, `centroid_weights`, `low_bit_scores`, `scores_at` |
+| score blocks | `pool`, `pooled_scores`, `max_scores`, `centroid_scores`, `centroid_weights` |
+| score pairs | `low_bit_scores`, `scores_at` |
 | choose | `top_k`, `top_p`, `above`, `nearest_centroids`, with `Forced` blocks |
 | from coarse to fine | `coarse_to_fine`, `expand`, `refine`, `members`, `ids_of` |
 | another order of keys | `reorder`, `permute`, `inverse`, `check_permutation` |

@@ -111,7 +111,7 @@ def max_scores(
         rows = max(1, _HELD // max(1, queries.shape[:3].numel() * nk))
     check_block(rows, "rows")
     found = []
-    for start in range(0, nq, rows):
+    for start in range(0, max(1, nq), rows):
         products = queries[:, :, :, start : start + rows] @ keys.mT
         place = torch.arange(start, min(start + rows, nq), device=q.device) + (nk - nq)
         hidden = at > (place[:, None] if causal else nk - 1)

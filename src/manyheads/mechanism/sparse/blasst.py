@@ -88,7 +88,8 @@ def blasst(
     if lens is None:
         return tiled(q, k, v, mask if isinstance(mask, Mask | str) else as_mask(mask), **options)
     parts, documents = _cut(q, k, v, lens, tile, mask)
-    got = tiled(*parts.tensors, documents, key_padding=parts.key_padding(q.shape[0]), **options)
+    queries, keys, values = parts.tensors
+    got = tiled(queries, keys, values, documents, key_padding=parts.key_padding(q.shape[0]), **options)
     return Attn(*map(parts.restore, got)) if isinstance(got, Attn) else parts.restore(got)
 
 
@@ -109,8 +110,9 @@ def selection(
         layout = _layout(mask, q, k, tile)
         return skipping.only(layout, (_gaps(q, k, layout, scale) >= floor).cpu())
     parts, documents = _cut(q, k, v, lens, tile, mask)
-    layout = _layout(documents, *parts.tensors[:2], tile, parts.key_padding(q.shape[0]))
-    kept = skipping.only(layout, (_gaps(*parts.tensors[:2], layout, scale) >= floor).cpu())
+    queries, keys, _ = parts.tensors
+    layout = _layout(documents, queries, keys, tile, parts.key_padding(q.shape[0]))
+    kept = skipping.only(layout, (_gaps(queries, keys, layout, scale) >= floor).cpu())
     return select.pairs(kept, q, k, parts=parts)
 
 

@@ -106,8 +106,9 @@ def hisa(
 
     Conventions:
         The first block and the query's own one count within ``config.blocks``; with one block it is the own one.
-        Blocks begin at the start of each document. With candidates for every visible token the choice is that of
-        ``dsa``.
+        Blocks begin at the start of each document. With ``keep = config.blocks * config.block`` blocks alone decide,
+        and their tokens are not scored: the block-sparse baseline of the paper. With candidates for every visible token
+        the choice is that of ``dsa``.
 
     Source:
         HISA: Hierarchical Indexed Sparse Attention, arXiv 2603.28458.

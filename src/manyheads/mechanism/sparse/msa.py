@@ -9,14 +9,13 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from manyheads.common import checks
 from manyheads.engine.result import Attn
 from manyheads.engine.tiled import tiled
 from manyheads.mask import Mask, TileLayout
 from manyheads.mechanism import carrier, exact
-from manyheads.mechanism.select import Cut, Forced, cut, index_loss, pairs
+from manyheads.mechanism.select import Cut, Forced, cut, index_loss, max_scores, pairs
 from manyheads.spec import Case, Spec, drawn, qkv
 
 from . import per_query
@@ -294,22 +293,12 @@ def _cut(
 
 def _choose(parts: Cut, index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
     """The blocks of each query, (B, G, Nq, keep)."""
-    wide = torch.promote_types(index_q.dtype, torch.float32)
-    own, keys = index_q.detach(), index_k.detach().to(wide)
-    queries, tokens = own.shape[2], keys.shape[1]
+    own, keys = index_q.detach(), index_k.detach()[:, None]
+    queries, tokens = own.shape[2], keys.shape[2]
 
     def score(some: slice) -> Tensor:
-        blocks = per_query.blocks_seen(some, queries, tokens, config.block)
-        use = min(tokens, blocks * config.block)
-        rows = own[:, :, some].to(wide)
-        found = (rows.flatten(1, 2) @ keys[:, :use].mT).unflatten(1, rows.shape[1:3])
-        at = torch.arange(some.start, some.stop, device=keys.device) + (tokens - queries)
-        past = max(0, some.start + tokens - queries)  # every row sees the keys before this one
-        later = torch.arange(past, use, device=keys.device) > at[:, None]
-        found[..., past:].masked_fill_(later, -torch.inf)
-        if blocks * config.block > use:
-            found = pad(found, (0, blocks * config.block - use), value=-torch.inf)
-        return found.unflatten(-1, (blocks, config.block)).amax(-1)
+        past = keys[:, :, : max(1, some.stop + tokens - queries)]  # all that the slice sees
+        return max_scores(own[:, :, some], past, k_block=config.block, scale=1.0, share="head")
 
     return per_query.choose(
         score,
@@ -347,7 +336,7 @@ SPEC = Spec(
     selection=selection,
     paper="Lai et al., MiniMax Sparse Attention, arXiv 2606.13392",
     inputs=qkv(
-        config=MSAConfig(block=16, keep=3),
+        config=MSAConfig(block=4, keep=2),
         mask=lambda size: "causal" if size.causal else "full",
         index_q=drawn("BGQD", salt=1, wide=False),
         index_k=drawn("BND", salt=2, wide=False),

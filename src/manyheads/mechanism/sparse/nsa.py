@@ -470,7 +470,7 @@ def flops(case: Case) -> int:
 
 def _small(size: Size) -> NSAConfig:
     rope = RoPE() if size.width % 2 == 0 else None
-    return NSAConfig(kernel=8, stride=4, block=16, keep=3, first=1, local=1, window=9, rope=rope)
+    return NSAConfig(kernel=4, stride=2, block=4, keep=3, first=1, local=1, window=3, rope=rope)
 
 
 SPEC = Spec(
@@ -496,7 +496,8 @@ SPEC = Spec(
     bytes=exact.traffic,
     evidence={
         1: ("test_nsa::test_key_outer_query_outer_and_a_dense_mask_agree",
-            "test_nsa::test_the_whole_mechanism_is_the_same_in_both_orders"),
+            "test_nsa::test_the_whole_mechanism_is_the_same_in_both_orders",
+            "test_order::test_one_query_a_tile_equals_the_definition_for_every_group"),
         2: "test_nsa::test_all_blocks_kept_is_causal_attention",
         3: "test_nsa::test_a_sequence_shorter_than_a_window_has_no_compressed_branch",
         4: "test_nsa::test_packed_sequences_equal_separate_calls",

@@ -119,25 +119,25 @@ def pbs(
     kept, permutation = _choose(q, k, lens, parts, config, scale)
     # sorted keys for earlier segments, and all as they came for the own one: so no tile but the diagonal has a mask
     filled = -parts.length % config.block
-    both = [
+    keys, values = (
         torch.cat([pad(select.permute(t, permutation), (0, 0, 0, filled)),
                    t.repeat_interleave(q.shape[1] // t.shape[1], 1)], 2)
         for t in (keys, values)
-    ]  # fmt: skip
+    )  # fmt: skip
     own = _own(kept.shape[2], config, q.device).expand_as(kept)
     tiles = torch.cat([kept, own], -1)
     at = torch.arange(parts.length)
     layout = TileLayout.from_ids(
         torch.where(tiles, torch.arange(tiles.shape[-1], device=q.device), -1),
         nq=parts.length,
-        nk=both[0].shape[2],
+        nk=keys.shape[2],
         tile=config.block,
         mask=Causal(),
         positions=(at, torch.cat([torch.zeros(parts.length + filled, dtype=at.dtype), at])),
         batch=q.shape[0],
         heads=q.shape[1],
     )
-    got = tiled(queries, *both, layout, scale=scale, return_lse=return_lse, backend=backend)
+    got = tiled(queries, keys, values, layout, scale=scale, return_lse=return_lse, backend=backend)
     return Attn(*map(parts.restore, got)) if isinstance(got, Attn) else parts.restore(got)
 
 
@@ -160,6 +160,39 @@ def selection(
     wide = parts.tensors
     pairs = select.pairs(found, wide[0], wide[1])
     return parts.restore(parts.restore(pairs, dim=2), dim=3)
+
+
+def visited_tiles(
+    q: Float[Tensor, "B Hq N D"],
+    k: Float[Tensor, "B Hkv N D"],
+    *,
+    config: PBS = PBS(),
+    mask: Mask | str | Tensor | None = None,
+    scale: float | None = None,
+) -> int:
+    """Tiles that :func:`pbs` computes, over batch and heads.
+
+    The layout of :func:`selection` has more of them: sorted keys spread the pairs of the own segment over all its
+    tiles, while a call computes that segment as it came, and no tile after the diagonal.
+
+    Args:
+        q, k, config, mask, scale: As for :func:`pbs`.
+
+    Returns:
+        Their number.
+
+    Example:
+        >>> visited_tiles(torch.ones(1, 1, 6, 2), torch.ones(1, 1, 6, 2), config=PBS(block=1, segment=2, mass=1.0))
+        21
+    """
+    lens = _prepared(q, k, k, mask, False)
+    parts = select.cut(lens, q, block=config.segment)
+    kept, _ = _choose(q, k, lens, parts, config, scale)
+    own = _own(kept.shape[2], config, q.device)
+    if parts.real is not None:  # padding computes nothing
+        real = pad(parts.real, (0, -parts.length % config.block)).unflatten(1, (-1, config.block)).any(-1)
+        own = own & real[:, None, :, None] & real[:, None, None]
+    return int(kept.sum()) + int(own.expand_as(kept).sum())
 
 
 def key_scores(
@@ -254,7 +287,7 @@ def reference(
     v: Float[Tensor, "B Hkv N Dv"],
     *,
     config: PBS = PBS(),
-    mask: Mask | str | Tensor | None = None,
+    mask: Mask | str | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     chosen: Permuted | Tensor | None = None,

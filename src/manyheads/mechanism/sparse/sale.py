@@ -120,7 +120,8 @@ def sale(
     lens = _prepared(q, k, v, mask, return_lse)
     parts = select.cut(lens, q, k, v, block=config.q_block)
     layout = _layout(q, k, parts, lens, _thresholds(threshold, q), config, scale)
-    got = tiled(*parts.tensors, layout, scale=scale, qk=qk, return_lse=return_lse, backend=backend)
+    queries, keys, values = parts.tensors
+    got = tiled(queries, keys, values, layout, scale=scale, qk=qk, return_lse=return_lse, backend=backend)
     return Attn(*map(parts.restore, got)) if isinstance(got, Attn) else parts.restore(got)
 
 
@@ -196,7 +197,7 @@ def _layout(
     kept = torch.zeros(*q.shape[:2], *sizes, dtype=torch.bool, device=q.device)
     with torch.no_grad():
         for at, place in documents(lens, config.q_block, q):
-            own = _blocks(*(t[at] for t in (q, k)), tau, config, scale)
+            own = _blocks(q[at], k[at], tau, config, scale)
             rows, columns = place // config.q_block, place // config.k_block
             kept[at[0], :, rows : rows + own.shape[2], columns : columns + own.shape[3]] = own
     ids = torch.where(kept, torch.arange(sizes[1], device=q.device), -1)
@@ -355,7 +356,7 @@ def reference(
     *,
     threshold: float | Float[Tensor, " Hq"] = 0.004,
     config: SALE = SALE(),
-    mask: Mask | str | Tensor | None = None,
+    mask: Mask | str | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     chosen: TileLayout | Tensor | None = None,

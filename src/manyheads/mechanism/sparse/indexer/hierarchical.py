@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import topk
 from .scoring import score_piece, score_rows
 from .tile import Tile, gathered_scores
 from .topk import top_tokens
@@ -16,6 +17,8 @@ SHARED = 0.6
 """Beyond so many queries: so are blocks that this share of them chose."""
 STEP = 16
 """What one product and its passes cost beside their work, in blocks scored for one query."""
+RUN = 32
+"""Blocks that are scored in one step at most: their keys are to stay in cache."""
 STRIP = 256
 """Blocks times queries that are scored in one step, where more than one block is."""
 
@@ -44,16 +47,23 @@ def candidates(tile: Tile, means: Tensor, block: int, blocks: int) -> Tensor:
 def select(tile: Tile, means: Tensor, block: int, blocks: int) -> Tensor:
     """``(Q, keep)`` ids: the highest scores in the best blocks of each query."""
     chosen = candidates(tile, means, block, blocks)
-    if tile.q.device.type != "cpu":
-        inside = torch.arange(block, device=chosen.device)
-        tokens = (chosen[..., None] * block + inside).flatten(1)
-        listed = (chosen >= 0).repeat_interleave(block, 1) & (tokens < tile.seen[:, None])
-        scores = gathered_scores(tile, tokens.where(listed, -1))
-    else:
+    if tile.keep >= chosen.shape[1] * block:  # blocks alone decide
+        tokens = _tokens(tile, chosen, block)
+        return torch.nn.functional.pad(tokens, (0, tile.keep - tokens.shape[1]), value=-1)
+    if topk.on_host(chosen):
         scores = _by_blocks(tile, chosen, block)
+    else:
+        scores = gathered_scores(tile, _tokens(tile, chosen, block))
     at = top_tokens(scores, tile.keep)
     ids = chosen.gather(1, (at // block).clamp(min=0)) * block + at % block
     return ids.where(at >= 0, -1)
+
+
+def _tokens(tile: Tile, chosen: Tensor, block: int) -> Tensor:
+    """``(Q, m * block)``: the tokens of each query's blocks that it sees, ascending, -1 after them."""
+    tokens = (chosen[..., None] * block + torch.arange(block, device=chosen.device)).flatten(1)
+    listed = (chosen >= 0).repeat_interleave(block, 1) & (tokens < tile.seen[:, None])
+    return tokens.where(listed, -1)
 
 
 def _by_blocks(tile: Tile, chosen: Tensor, block: int) -> Tensor:
@@ -117,7 +127,7 @@ def plan(wanted: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, np.ndarra
     shared = count > (0 if queries <= FEW else SHARED * queries)
     shared[-1] = False
     others = np.flatnonzero(~shared & (count > 0))
-    order, border, most = np.concatenate((np.flatnonzero(shared), others)), int(shared.sum()), max(1, STRIP // queries)
+    order, border, most = np.concatenate((np.flatnonzero(shared), others)), int(shared.sum()), min(RUN, max(1, STRIP // queries))
     steps: list[tuple[int, int, np.ndarray | None]] = [
         (start, min(start + most, border), None) for start in range(0, border, most)
     ]

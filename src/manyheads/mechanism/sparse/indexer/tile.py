@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manyheads.engine.scratch import Scratch
 
+from . import topk
 from .scoring import score_piece, score_rows
 from .topk import top_tokens
 
@@ -93,7 +94,7 @@ def gathered_scores(tile: Tile, ids: Tensor) -> Tensor:
         ``(Q, C)``, ``-inf`` where there is none.
     """
     known, scores = ids.clamp(min=0), tile.q.new_empty(ids.shape)
-    some = 1 if tile.q.device.type == "cpu" else max(1, GATHERED // ids.shape[1])
+    some = 1 if topk.on_host(ids) else max(1, GATHERED // ids.shape[1])
     for start in range(0, tile.queries, some):
         at, q, w = (t[start : start + some] for t in (known, tile.q, tile.w))
         if some == 1:
