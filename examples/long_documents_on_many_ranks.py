@@ -51,7 +51,7 @@ def main(file: str = "", steps: str = "6") -> None:
     """Trains until ``steps``, and says how the loss of the whole sequence falls."""
     torch.manual_seed(0)
     model, begin = Decoder(), 0
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)  # before the group: what it imports would keep that alive
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)  # imports what would hold the group
     alone = {"init_method": f"file://{tempfile.mktemp()}", "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **({} if "RANK" in os.environ else alone))
     if file and Path(file).exists():

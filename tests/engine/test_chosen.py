@@ -90,3 +90,9 @@ def test_small_tiles_and_tables_of_masks_are_left_to_others():
     assert chosen.rows_of(small, 1, 2, 1) is None
     _, runs = problem((1, 2, 1, 64), 1, (32, 32), 1, Causal())
     assert chosen.rows_of(runs.to_runs(), 1, 2, 1) is None
+
+
+def test_nothing_to_choose_from():
+    q, k = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 64, 16)
+    nothing = TileLayout.from_ids(torch.zeros(1, 2, 1, 0, dtype=torch.int64), nq=40, nk=64, tile=64)
+    assert tiled(q, k, k, nothing, backend="blocked").abs().max() == 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manyheads.bench import device as devices
 from manyheads.bench.timing import interleave
-from manyheads.cli import measure_gather, measure_scan
+from manyheads.cli import measure_entries, measure_gather, measure_scan
 from manyheads.engine import configs
 from manyheads.engine.configs import Config
 from manyheads.engine.gather.launch import KERNELS as LISTED
@@ -69,7 +69,7 @@ class Gpu:
                 if place.kernel in tiled_configs.KERNELS:
                     _agrees(place, self.device)
                 else:
-                    other = measure_gather if place.kernel in LISTED else measure_scan
+                    other: Any = _other(place)
                     other.agrees(place, self.device, _DTYPES[place.itemsize])
         except AssertionError as error:
             return f"wrong: {error}"
@@ -95,19 +95,26 @@ class Gpu:
 
     def _problem(self, place: Place) -> Callable[[], object]:
         ours = place.kernel in tiled_configs.KERNELS
-        key = (ours, place.kernel in ("forward", "listed"), place.width, place.itemsize, place.kind)
+        key = (ours, place.kernel in ("forward", "listed", "entries_forward"), place.width, place.itemsize, place.kind)
         if key not in self._problems:
             self._problems.clear()  # one at a time: each holds gigabytes
             tokens = self.tokens if place.itemsize == 2 and place.kind != "heavy" else max(self.tokens // 4, 256)
             heads = max(1, self.programs * 128 // max(place.width, 64) // 2)
             if ours:
                 self._problems[key] = _call(place, self.device, (2, heads, heads), (tokens, tokens))
-            elif place.kernel in LISTED:
-                self._problems[key] = measure_gather.problem(place, tokens, _DTYPES[place.itemsize], self.device)
+            elif _other(place) is not measure_scan:
+                self._problems[key] = _other(place).problem(place, tokens, _DTYPES[place.itemsize], self.device)
             else:
                 drawn = sample_qkv(2, heads, tokens, width=place.width, dtype=_DTYPES[place.itemsize], seed=7)
                 self._problems[key] = measure_scan.call(place, tuple(t.to(self.device) for t in drawn))
         return self._problems[key]
+
+
+def _other(place: Place) -> Any:
+    """What measures the kernels of a row that is not one of ``tiled`` by query tiles."""
+    if place.kernel in measure_entries.KERNELS:
+        return measure_entries
+    return measure_gather if place.kernel in LISTED else measure_scan
 
 
 def _under(place: Place, config: Config, problem: Callable[[], object]) -> Callable[[], object]:

@@ -127,7 +127,8 @@ def cycles(
         Cycles; infinite if a multiprocessor cannot hold even one program.
 
     Example:
-        >>> slow, fast = (cycles("listed", "sm_90", 128, 2, "lists", (64, 64, 4, n)) for n in (1, 2))
+        >>> need = Compiled(registers=168, stack=0, spilled=0, shared=82176)
+        >>> slow, fast = (cycles("listed", "sm_90", 128, 2, "lists", (64, 64, 4, n), need) for n in (1, 2))
         >>> fast < slow
         True
     """

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from .layout import TileLayout
 
 _NAMES = ("counts", "q_pos", "k_pos")
 
@@ -37,9 +40,13 @@ class Deferred:
         data: Sequence[torch.Tensor],
     ) -> None:
         self.nq, self.nk = nq, nk
-        given = [name for name in _NAMES if named.get(name) is not None]
+        given: dict[str, torch.Tensor] = {}
+        for name in _NAMES:  # in a form that a compiler traces
+            t = named.get(name)
+            if t is not None:
+                given[name] = t
         self.text = f"ids({', '.join([str(tile[0]), str(tile[1]), *given])}) {mask}"
-        self.tensors = [ids, *(named[name] for name in given), *data]
+        self.tensors = [ids, *given.values(), *data]
 
     def __and__(self, mask: Any) -> Deferred:
         """Keeps what ``mask`` also allows."""
@@ -52,9 +59,7 @@ class Deferred:
         return both
 
 
-def layout_of(
-    text: str, tensors: Sequence[torch.Tensor], q: torch.Tensor, k: torch.Tensor
-) -> Any:
+def layout_of(text: str, tensors: Sequence[torch.Tensor], q: torch.Tensor, k: torch.Tensor) -> TileLayout:
     """The layout of a deferred choice, for queries and keys that are there.
 
     Args:

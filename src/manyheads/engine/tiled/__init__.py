@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Positions = tuple[Integer[Tensor, "... Nq"], Integer[Tensor, "... Nk"]]
-Maskish = Mask | TileLayout | str
+Maskish = Mask | TileLayout | Deferred | str
 
 
 def tiled(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...mask.evaluate import unpack
 from ...mask.layout import TileLayout
 from ..scratch import Scratch, borrowed
+from .lists import ids_of
 
 _forward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -72,9 +72,9 @@ def rows_of(layout: TileLayout, batch: int, heads: int, kv_heads: int) -> Rows |
     Returns:
         The rows, kept with the layout.
     """
-    if layout.ids is None or layout.ids.device.type != "cpu" or min(layout.tile[1], 2 * layout.tile[0]) < _LEAST:
+    if layout.ids is None or not layout.ids.numel() or layout.ids.device.type != "cpu":
         return None
-    if (len(layout.bits) + 1) * layout.tile[0] * layout.tile[1] > _MASKS:
+    if min(layout.tile[1], 2 * layout.tile[0]) < _LEAST or (len(layout.bits) + 1) * layout.tile[0] * layout.tile[1] > _MASKS:
         return None
     known = layout.__dict__.setdefault("_chosen", {})
     key = batch, heads, kv_heads
@@ -171,22 +171,12 @@ def backward(
 
 
 def _sorted(layout: TileLayout, batch: int, heads: int, kv_heads: int) -> Rows:
-    assert layout.ids is not None
-    tail, group = layout.nk % layout.tile[1], heads // kv_heads
-    index = layout.index.expand(batch, heads).view(batch, kv_heads, group)
-    shared = group if bool((index == index[..., :1]).all()) else 1
-    lists = index[..., ::shared].flatten()
-    ids = layout.ids.flatten(0, 1)[lists].long()
-    mask = torch.zeros_like(ids) if layout.ids_mask is None else layout.ids_mask.flatten(0, 1)[lists].long()
-    masks = torch.from_numpy(~unpack(layout.bits.numpy(), layout.tile[1]))
-    if tail:  # the last key tile is filled up with keys that nobody sees
-        beyond = (torch.arange(layout.tile[1]) >= tail).expand(1, *layout.tile)
-        masks = torch.cat([masks, beyond])
-        mask = torch.where((ids == layout.grid[1] - 1) & (mask == 0), len(masks), mask)
+    shared, ids, mask, masks = ids_of(layout, batch, heads, kv_heads)
+    ids, mask = (t.long().view(-1, layout.grid[0], t.shape[-1]) for t in (ids, mask))
     kind = torch.where(ids < 0, 2, (mask > 0).long())
     order = kind.argsort(dim=-1, stable=True)
     ids, mask = ids.gather(-1, order), mask.gather(-1, order) - 1
-    ids = ids + (torch.arange(len(lists)) * shared // group * layout.grid[1])[:, None, None]
+    ids = ids + (torch.arange(len(ids)) * shared // (heads // kv_heads) * layout.grid[1])[:, None, None]
     counts = (kind == 0).sum(-1) * (ids.shape[-1] + 1) + (kind == 1).sum(-1)
     parts = []
     for count in counts.unique(sorted=True).tolist():

@@ -105,7 +105,7 @@ def backward(p: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | 
         out, dout = (pad(t, (0, q.shape[3] - t.shape[3])) for t in (out, dout))
     q, k, v, out, dout = _dense(q, k, v, out, dout)
     lse = lse.masked_fill(lse == -math.inf, 0.0)
-    rows = None if p.layout.ids is None else chosen.rows_of(p.layout, *p.q.shape[:2], p.k.shape[1])
+    rows = None if p.layout.ids is None else chosen.rows_of(p.layout, p.q.shape[0], p.q.shape[1], p.k.shape[1])
     if rows is not None:
         dq, dk, dv_ = chosen.backward(p.layout, rows, (q, k, v), (out, lse, dout), scale, p.result(q.dtype))
     else:

@@ -98,7 +98,7 @@ def lists_of(layout: TileLayout, batch: int, heads: int, kv_heads: int, width: i
 
 
 def _inverted(layout: TileLayout, batch: int, heads: int, kv_heads: int, width: int) -> Lists:
-    shared, ids, mask, masks = _ids(layout, batch, heads, kv_heads)
+    shared, ids, mask, masks = ids_of(layout, batch, heads, kv_heads)
     n_rows, slots = ids.shape
     each = layout.tile[0] * shared
     n_chunks = max(1, -(-4 * n_rows * slots * each * width // _PARTIAL))
@@ -130,7 +130,7 @@ def _inverted(layout: TileLayout, batch: int, heads: int, kv_heads: int, width: 
     return Lists(shared, source, kind, place, chunks, masks)
 
 
-def _ids(layout: TileLayout, batch: int, heads: int, kv_heads: int) -> tuple[int, Tensor, Tensor, Tensor]:
+def ids_of(layout: TileLayout, batch: int, heads: int, kv_heads: int) -> tuple[int, Tensor, Tensor, Tensor]:
     """Query heads of a list, ids and tile masks ``(lists * Tq, k)`` of every list, and what is hidden in each mask."""
     assert layout.ids is not None
     tail, shared = layout.nk % layout.tile[1], sharing(layout, heads, kv_heads)
