@@ -32,6 +32,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(PLAN, "quick", {"states": ("linear", "softmax", "gated-delta")})
     monkeypatch.setattr(quality, "protocol_of", lambda task, level: SMALL)
     monkeypatch.setattr(crew, "cores", lambda: 1)
+    monkeypatch.setattr(quality.quality_needle, "MIXERS", {})
 
 
 def run(path, cases, options=QUICK, earlier=None):

@@ -186,3 +186,17 @@ def test_uneven_inputs_have_a_key_that_everybody_wants():
     q, k, _ = sparse_parts.uneven(Shape(500, heads=2, kv_heads=1, width=16))
     scores = q @ k.mT / 4
     torch.testing.assert_close(scores[..., :4], torch.full_like(scores[..., :4], 14.0))
+
+
+def test_tiles_with_and_without_the_permutation_are_compared_at_equal_weight():
+    shape = Shape(1500, heads=2, kv_heads=1, width=32, seed=1)
+    rows = sparse_parts.permuted("columns", shape).run(Context(OPTIONS))
+    assert [r.provider for r in rows] == ["pbs", *["pbs-unpermuted"] * len(sparse_parts.GRID)]
+    without = rows[1:]
+    assert [r.mass for r in without] == sorted(r.mass for r in without) and without[-1].density <= 1.0
+    bar = named("bar-pbs-columns-4096")
+    with_it = [rows[0].replace(mass=without[1].mass, density=0.5 * without[1].density)]
+    (met,) = bar.judge([[*with_it, *without]])
+    assert (met.verdict, round(met.measured, 3)) == ("met", 0.5)
+    (missed,) = bar.judge([[rows[0].replace(mass=without[1].mass, density=without[1].density), *without]])
+    assert missed.verdict == "missed"

@@ -34,7 +34,7 @@ from manyheads.mechanism.sparse.indexer import (
     recall,
 )
 from manyheads.mechanism.sparse.misa import MISA
-from manyheads.mechanism.sparse.pbs import PBS
+from manyheads.mechanism.sparse.pbs import PBS, visited_tiles
 
 FLAT = "flat-tuned"
 QUERIES = 64
@@ -227,13 +227,15 @@ def permuted(kind: str, shape: Shape) -> Case:
 
     def run(context: Context) -> list[Row]:
         q, k, v = draw(kind, shape)[:3]
+        whole = as_mask("causal").tiles(shape.tokens, tile=(PBS().block,) * 2, heads=shape.heads).visited
         settings = [("pbs", PBS(mass=MASS)), *(("pbs-unpermuted", PBS(mass=m, permute=False)) for m in GRID)]
         found = []
         for who, config in settings:
             context.say(f"targets/{name}: {who} at {config.mass:g}")
             lost = loss.lost("pbs", q, k, v, options={"config": config}, rows=ROWS, budget_s=None)
             row = _row(name, who, "cpu", shape=str(shape), length=shape.tokens, dtype=shape.dtype, input=kind)
-            row = row.replace(setting=f"{config.mass:g}", gate="lossy", mass=lost.mass, density=lost.density)
+            row = row.replace(setting=f"{config.mass:g}", gate="lossy", mass=lost.mass)
+            row = row.replace(density=visited_tiles(q, k, config=config) / whole)
             found.append(row.replace(error=lost.worst, error_norm=lost.error, recall=lost.recall, seed=shape.seed))
         return found
 

@@ -74,14 +74,15 @@ def rows_of(layout: TileLayout, batch: int, heads: int, kv_heads: int) -> Rows |
     """
     if layout.ids is None or not layout.ids.numel() or layout.ids.device.type != "cpu":
         return None
-    if min(layout.tile[1], 2 * layout.tile[0]) < _LEAST or (len(layout.bits) + 1) * layout.tile[0] * layout.tile[1] > _MASKS:
+    bm, bn = layout.tile
+    if min(bn, 2 * bm) < _LEAST or (len(layout.bits) + 1) * bm * bn > _MASKS:
         return None
     known = layout.__dict__.setdefault("_chosen", {})
     key = batch, heads, kv_heads
     if key not in known:
         known[key] = _sorted(layout, batch, heads, kv_heads)
     rows: Rows = known[key]
-    return rows if layout.tile[0] * rows.heads >= _LEAST else None
+    return rows if bm * rows.heads >= _LEAST else None
 
 
 def forward(

@@ -265,6 +265,7 @@ class _Estimate:
         self.parts: Smoothed = smoothed(q, k)
         self.q: Quantised = quantise(self.parts.queries, config.bits, block=config.share)
         self.k: Quantised = quantise(self.parts.keys, config.bits, block=config.share)
+        self.known: dict[tuple[int, int], Tensor] = {}
         self.fast = q.device.type == "cpu" and q.dtype != torch.float64
 
     def reaches(self, first: int, bound: Tensor, block: int, end: int) -> Tensor:
@@ -311,16 +312,22 @@ class _Estimate:
         each of two numbers in two parts. The bits of bfloat16 are negative as 16-bit integers where it is negative,
         and the maximum of integers is much the faster one.
         """
-        a, steps = (t.clamp_min(_STEP) for t in (self.q.steps[b, own, rows], self.k.steps[b, g, keys]))
+        a = self.q.steps[b, own, rows].clamp_min(_STEP)
         left = [self.q.values[b, own, rows].to(torch.bfloat16), _thrice(1 / a, False), _thrice(-least / a, False)]
         queries = torch.cat(left, -1)
         out = []
-        for h in range(self.group):
-            column = self.parts.column[b, own][h, keys]
-            more = _thrice(column / steps, True), _thrice(1 / steps, True)
-            s = torch.mm(torch.cat([self.k.values[b, g, keys].to(torch.bfloat16), *more], -1), queries[h].T)
+        for h, row in enumerate(queries):
+            s = torch.mm(self._right(b, g, own.start + h)[keys], row.T)
             out.append((s.view(torch.int16).unflatten(0, (-1, block)).amax(1) >= 0).T)
         return torch.stack(out)
+
+    def _right(self, b: int, g: int, h: int) -> Tensor:
+        """The keys' side of that product, for one query head; kept."""
+        if (b, h) not in self.known:
+            steps = self.k.steps[b, g].clamp_min(_STEP)
+            more = _thrice(self.parts.column[b, h] / steps, True), _thrice(1 / steps, True)
+            self.known[b, h] = torch.cat([self.k.values[b, g].to(torch.bfloat16), *more], -1)
+        return self.known[b, h]
 
 
 def _thrice(x: Tensor, second: bool) -> Tensor:

@@ -26,7 +26,7 @@ def _owner(owner, piece, nk, group, units_b, ranges, BN: tl.constexpr, PACK: tl.
     section = own // tiles
     unit = section // ranges
     h0 = unit % units_b * PACK
-    return own % tiles, section, unit // units_b, h0, (h0 // group).to(tl.int64)
+    return own % tiles, section, unit // units_b, h0, h0 // group
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def entries_forward(
     PER: tl.constexpr = ROWS // SPAN
     piece = tl.program_id(0)
     t, section, b, h0, kv = _owner(owner, piece, nk, group, units_b, ranges, BN, PACK)
-    far = b.to(tl.int64)
+    far, kv = b.to(tl.int64), kv.to(tl.int64)
     kt = load_rows(k + far * skb + kv * skh, t * BN, skn, nk, D, BD, BN)
     vt = load_rows(v + far * svb + kv * svh, t * BN, svn, nk, DV, BDV, BN)
     c = exponent_factor(scale, FAST, NATURAL)
@@ -93,7 +93,7 @@ def entries_forward(
             lse += m
         else:
             lse += m * LN2
-        place = _places(section, ranges, first, step, slots, g, e, PACK)
+        place = _places(section, ranges, first, step, slots, g, e, PACK).to(tl.int64)
         tl.store(stats + place, tl.where(norm == 0.0, float("-inf"), lse), mask=live)
         to = part + place[:, None] * DV + d[None, :]
         tl.store(to, acc.to(part.dtype.element_ty), mask=live[:, None] & (d < DV)[None, :])
@@ -126,7 +126,7 @@ def entries_backward(
     PER: tl.constexpr = ROWS // SPAN
     piece = tl.program_id(0)
     t, section, b, h0, kv = _owner(owner, piece, nk, group, units_b, ranges, BN, PACK)
-    far = b.to(tl.int64)
+    far, kv = b.to(tl.int64), kv.to(tl.int64)
     kt = load_rows(k + far * skb + kv * skh, t * BN, skn, nk, D, BD, BN)
     vt = load_rows(v + far * svb + kv * svh, t * BN, svn, nk, DV, BDV, BN)
     c = exponent_factor(scale, FAST, NATURAL)
@@ -161,7 +161,8 @@ def entries_backward(
         ds = (w * (dw - et[None, :])).to(qt.dtype)
         gk = tl.dot(ds, qt, gk, input_precision=PRECISION)
         gq = tl.dot(tl.trans(ds), kt, input_precision=PRECISION) * scale
-        to = part + _places(section, ranges, first, step, slots, g, e, PACK)[:, None] * D + d[None, :]
+        place = _places(section, ranges, first, step, slots, g, e, PACK).to(tl.int64)
+        to = part + place[:, None] * D + d[None, :]
         tl.store(to, gq.to(part.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
     at = (piece.to(tl.int64) * BN + j)[:, None]
     tl.store(dk + at * D + d[None, :], gk * scale, mask=(d < D)[None, :])
