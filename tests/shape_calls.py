@@ -238,6 +238,7 @@ def selectors():
     yield "inverse", functools.partial(select.inverse, order)
     yield "gate of branches", functools.partial(select.gated, [q, q], torch.rand(2, 1, 9, 2))
     yield "straight through", functools.partial(select.straight_through, q)
+    yield "loss beside", functools.partial(select.with_loss, q, q.sum())
     yield "index loss", functools.partial(select.index_loss, q, k, q[:, :2], k[:, :1], tokens, lens=[4, 5])
 
 

@@ -8,7 +8,7 @@ import torch
 from manyheads import attention
 from manyheads.bench.display import columns, table
 from manyheads.bench.row import Row
-from manyheads.bench.structure import Shape
+from manyheads.bench.structure import Shape, draw
 from manyheads.bench.suite import Options, load, unfold
 from manyheads.bench.suites import sparse, sparse_bars, sparse_parts
 from manyheads.bench.suites.sparse import DENSE, SDPA
@@ -183,7 +183,7 @@ def test_a_prediction_and_its_measurement_stand_side_by_side():
 
 
 def test_uneven_inputs_have_a_key_that_everybody_wants():
-    q, k, _ = sparse_parts.uneven(Shape(500, heads=2, kv_heads=1, width=16))
+    q, k = draw("uneven", Shape(500, heads=2, kv_heads=1, width=16))[:2]
     scores = q @ k.mT / 4
     torch.testing.assert_close(scores[..., :4], torch.full_like(scores[..., :4], 14.0))
 

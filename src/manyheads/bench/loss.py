@@ -131,8 +131,9 @@ def lost(
     given = dict(options or {})
     if "mask" not in given and "mask" in inspect.signature(fn).parameters:
         given["mask"] = dense
+    own = {name: value for name, value in given.items() if name not in ("backend", "return_lse")}
     with torch.no_grad():
-        chosen, order = _parts(choose(q, k, v, **given), q, k)
+        chosen, order = _parts(choose(q, k, v, **own), q, k)
         out = _output(fn(q, k, v, **given))
         picked = _rows(q.shape[2], rows, seed)
         scale = given.get("scale")
@@ -140,7 +141,7 @@ def lost(
         found: dict[str, Any] = _judged(q, k, v, out, chosen, order, dense, picked, scale, top)
         times = {}
         if budget_s is not None:
-            calls = {"selection": lambda: choose(q, k, v, **given), "whole": lambda: fn(q, k, v, **given)}
+            calls = {"selection": lambda: choose(q, k, v, **own), "whole": lambda: fn(q, k, v, **given)}
             watch = device.stopwatch(str(q.device))
             taken = interleave(calls, budget_s=budget_s, rounds=(3, 50), warm=True, watch=watch)
             times = {name: timing.median_ms for name, timing in taken.items()}

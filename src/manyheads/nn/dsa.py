@@ -21,7 +21,6 @@ from manyheads.mechanism.sparse.indexer import Flat, Index, PooledKeys, index_to
 from manyheads.mechanism.sparse.indexer.method import Method
 
 from .inputs import check_tokens, join_heads, split_heads
-from .msa import _Beside
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ class DSA(nn.Module):
             loss = select.index_loss(
                 q, latent, index.q, index.k[:, None], ids, weights=index.w, scale=self.scale, lens=lens
             )  # fmt: skip
-            out = _Beside.apply(out, loss * self.loss_weight)
+            out = select.with_loss(out, loss * self.loss_weight)
             self.index_loss = loss.detach()
         y = self._output(out)
         if not return_cache:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.common.rope import RoPE
 from manyheads.mask import Mask, TileLayout
+from manyheads.mechanism.select import with_loss
 from manyheads.mechanism.sparse.msa import DEFAULT, MSAConfig, msa, selection, train_msa
 
 from .cached import CachedAttention
@@ -139,7 +140,7 @@ class MSA(CachedAttention):
                 order=self.order,
             )  # fmt: skip
             if learns:
-                out = _Beside.apply(out, loss * self.loss_weight)
+                out = with_loss(out, loss * self.loss_weight)
                 self.index_loss = loss.detach()
         else:
             found = msa(q, k, v, index_q=index_q, index_k=index_k, config=self.config, mask=mask, order=self.order)
@@ -225,17 +226,3 @@ def warm_up(network: nn.Module, warm: bool = True) -> int:
     for layer in layers:
         layer.warm = warm
     return len(layers)
-
-
-class _Beside(torch.autograd.Function):
-    """Hands a tensor through; in the backward pass a loss beside it gets the gradient 1."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.like = loss.dtype, loss.device
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, device = ctx.like
-        return grad, torch.ones((), dtype=dtype, device=device)

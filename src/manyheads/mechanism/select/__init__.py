@@ -11,7 +11,8 @@ Scores are float32, ids int32 with -1 after the last, shapes static; nothing her
 | from coarse to fine | `coarse_to_fine`, `expand`, `refine`, `members`, `ids_of` |
 | another order of keys | `reorder`, `permute`, `inverse`, `check_permutation` |
 | what was chosen, as a matrix | `pairs` |
-| training and calibration | `index_loss`, `Warmup`, `gated`, `straight_through`, `Calibration`, `save`, `load` |
+| training | `index_loss`, `with_loss`, `Warmup`, `gated`, `straight_through` |
+| calibration | `Calibration`, `save`, `load` |
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .losses import index_loss
 from .matrix import pairs
 from .order import check_permutation, inverse, permute, reorder
 from .scores import max_scores, pooled_scores
-from .training import Warmup, gated, straight_through
+from .training import Warmup, gated, straight_through, with_loss
 
 __all__ = [
     "Calibration",
@@ -63,4 +64,5 @@ __all__ = [
     "straight_through",
     "top_k",
     "top_p",
+    "with_loss",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -120,3 +121,37 @@ def straight_through(logits: Float[Tensor, "*B O"], *, temperature: float = 1.0)
     soft = (logits / temperature).softmax(-1)
     hard = torch.zeros_like(soft).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     return hard + (soft - soft.detach())
+
+
+def with_loss(x: Float[Tensor, "*shape"], loss: Float[Tensor, ""]) -> Float[Tensor, "*shape"]:
+    """Hands a tensor through; in the backward pass a loss beside it gets the gradient 1.
+
+    So a layer trains its indexer wherever its output is used, whatever the loss of the model is.
+
+    Args:
+        x: Any tensor that takes part in the loss of the model.
+        loss: A scalar; multiply it by its weight.
+
+    Returns:
+        ``x``.
+
+    Example:
+        >>> x, w = torch.ones(2, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+        >>> with_loss(x, 2 * w).sum().backward()
+        >>> w.grad
+        tensor(2.)
+    """
+    found: Tensor = _Beside.apply(x, loss)
+    return found
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.dtype, loss.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, device = ctx.like
+        return grad, torch.ones((), dtype=dtype, device=device)

@@ -127,7 +127,8 @@ def plan(wanted: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, np.ndarra
     shared = count > (0 if queries <= FEW else SHARED * queries)
     shared[-1] = False
     others = np.flatnonzero(~shared & (count > 0))
-    order, border, most = np.concatenate((np.flatnonzero(shared), others)), int(shared.sum()), min(RUN, max(1, STRIP // queries))
+    order, border = np.concatenate((np.flatnonzero(shared), others)), int(shared.sum())
+    most = min(RUN, max(1, STRIP // queries))
     steps: list[tuple[int, int, np.ndarray | None]] = [
         (start, min(start + most, border), None) for start in range(0, border, most)
     ]
