@@ -300,10 +300,11 @@ def on_gpu(width, value_width=8, dtype=FULL):
 
 def test_auto_takes_the_next_backend_where_the_kernels_refuse():
     two = (Relative(torch.ones(2, 5)), Relative(torch.ones(1, 7)))
-    assert engine._backend("auto", *on_gpu(8), (), "softmax") == "triton"
-    assert engine._backend("auto", *on_gpu(8), two, "softmax") == "blocked"
-    assert engine._backend("auto", *on_gpu(257), (), "softmax") == "blocked"
-    assert engine._backend("auto", *on_gpu(8, dtype=torch.float64), (), "softmax") == "blocked"
+    assert engine._backend("auto", *on_gpu(8), (), "softmax", "exact") == "triton"
+    assert engine._backend("auto", *on_gpu(8), two, "softmax", "exact") == "blocked"
+    assert engine._backend("auto", *on_gpu(257), (), "softmax", "exact") == "blocked"
+    assert engine._backend("auto", *on_gpu(8, dtype=torch.float64), (), "softmax", "exact") == "blocked"
+    assert engine._backend("auto", *on_gpu(8), (), "softmax", "int8") == "blocked"
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,8 @@ def advance(
         m = new
     if beta is not None:
         v = beta[..., None] * (v - (k[..., None, :] @ state)[..., 0, :])
-    state = torch.addcmul(state, k.unsqueeze(-1), v.unsqueeze(-2))
+    k, v = k.unsqueeze(-1), v.unsqueeze(-2)
+    # decoding, where nothing is recorded, in one pass
+    state = state + k * v if torch.is_grad_enabled() else torch.addcmul(state, k, v)
     total = torch.matmul(q.unsqueeze(-2), state).squeeze(-2)
     return divide(total, normalise, None if m is None else finite(m)), state, m
