@@ -51,6 +51,19 @@ def test_a_process_that_breaks_is_a_failed_row(monkeypatch):
     assert {r.status for r in rows} == {"failed"} and "rank 1 of 2" in rows[0].reason
 
 
+def test_processes_take_a_gpu_each_or_say_how_many_are_missing(monkeypatch):
+    taken = []
+    monkeypatch.setattr(ranks, "run", lambda job: taken.append(job) or {})
+    context = Context(options=Options(level="quick", device="cuda"))
+    for there in (1, 2):
+        monkeypatch.setattr(parallel.torch.cuda, "device_count", lambda there=there: there)
+        monkeypatch.setattr(parallel.device, "label", lambda name: f"a {name}")
+        rows = parallel.schemes("causal", 64, 2, context.options).run(context)
+        assert all(r.reason == "takes 2 GPUs, one for each process; this machine has 1" for r in rows)
+        assert bool(rows) == (there == 1)
+    assert [job.device for job in taken] == ["cuda"]
+
+
 def test_an_error_in_one_process_names_the_rank():
     problem = parallel._problem(parallel.Causal(), 20, Options())
     with pytest.raises(RuntimeError, match=r"rank \d of 2: ValueError: unknown scheme 'rings'"):

@@ -1,7 +1,8 @@
 """Suite ``parallel``: schemes on several processes, with the work and the bytes of every rank.
 
-The processes exchange over gloo on this machine and share its cores, so that times compare schemes with one another;
-they say nothing about a network. Balance and bytes do not depend on the machine.
+On a CPU the processes exchange over gloo and share its cores, so that times compare schemes with one another; they say
+nothing about a network. On GPUs each process has one of its own and they exchange over NCCL. Balance and bytes do not
+depend on the machine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
+from manyheads.bench import device
 from manyheads.bench.environment import version
 from manyheads.bench.measure import area, brief, compare
 from manyheads.bench.row import Row
@@ -215,8 +219,11 @@ def _case(name: str, job: object, who: Sequence[str], seconds: float) -> Case:
     def run(context: Context) -> list[Row]:
         asked: Job = job(context.options.seconds)
         if context.options.on_gpu:
-            reason = "measures processes on a CPU; on GPUs run it under torchrun"
-            return [Row("parallel", name, p, status="refused", reason=reason) for p in who]
+            there = torch.cuda.device_count()
+            if there < asked.world:
+                reason = f"takes {asked.world} GPUs, one for each process; this machine has {there}"
+                return [Row("parallel", name, p, status="refused", reason=reason) for p in who]
+            asked = replace(asked, device="cuda")
         context.say(f"parallel/{name}: {asked.world} processes")
         base = _base(name, asked)
         try:
@@ -234,7 +241,8 @@ def _base(name: str, job: Job) -> Row:
     seen = area(p.mask, p.queries, p.nk, batch=p.batch, heads=p.heads)
     base = Row("parallel", name, "-", phase=p.phase, shape=p.shape, length=p.queries, dtype=p.dtype, layout=p.layout)
     base = base.replace(mask=p.mask.text, pairs=seen.pairs, area=seen.area, density=seen.density, seed=p.seed)
-    return base.replace(flops=p.flops(seen.pairs), device="cpu", threads=1, cache="warm", ranks=job.world)
+    base = base.replace(device=device.label(job.device), threads=1, cache="warm", ranks=job.world)
+    return base.replace(flops=p.flops(seen.pairs))
 
 
 def _row(base: Row, pair: tuple[str, str], found: Found, job: Job) -> Row:

@@ -42,6 +42,7 @@ class Job:
         peers: Other packages, by name in ``PEERS``; they run forward only.
         seconds: Time for the rounds of one pair.
         delay: Whether to time with links as slow as a step computes, for what the ring hides.
+        device: ``"cpu"`` over gloo, or ``"cuda"`` over NCCL, a GPU for each process.
     """
 
     problem: Problem
@@ -50,6 +51,11 @@ class Job:
     peers: tuple[str, ...] = ()
     seconds: float = 0.5
     delay: bool = False
+    device: str = "cpu"
+
+    def tensors(self) -> list[Tensor]:
+        """The whole sequence, where this process computes."""
+        return [t.to(self.device) for t in self.problem.tensors()]
 
 
 @dataclass
@@ -116,7 +122,10 @@ def run(job: Job, *, timeout: float = 300.0) -> dict[tuple[str, str], Found]:
 def work(rank: int, job: Job, folder: str) -> None:
     """One process."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=job.world)
+    if job.device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if job.device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=job.world)
     try:
         known = oracle.truth(job.problem, *job.problem.tensors()) if rank == 0 else None
         found = {pair: _ours(job, pair, known) for pair in job.pairs}
@@ -134,8 +143,8 @@ def _ours(job: Job, pair: tuple[str, str], known: oracle.Truth | None) -> Found:
     shared: list[Any] = [known.dout if known is not None else None]
     dist.broadcast_object_list(shared)
     cp = parallel.context(dist.group.WORLD, scheme=pair[0], shard=pair[1], mask=problem.mask, tokens=problem.queries)
-    leaves = [cp.shard(t, 2).requires_grad_(problem.backward) for t in problem.tensors()]
-    dout = None if shared[0] is None else cp.shard(shared[0].to(problem.torch_dtype), 2)
+    leaves = [cp.shard(t, 2).requires_grad_(problem.backward) for t in job.tensors()]
+    dout = None if shared[0] is None else cp.shard(shared[0].to(job.device, problem.torch_dtype), 2)
 
     def call() -> list[Tensor]:
         with cp, torch.set_grad_enabled(problem.backward):
@@ -172,10 +181,9 @@ def _with_delay(job: Job, call: Callable[[], object], found: Found) -> Found:
 
 
 def _peer(job: Job, name: str, known: oracle.Truth | None) -> Found:
-    problem, rank = job.problem, dist.get_rank()
-    parts = [t.chunk(job.world, 2)[rank] for t in problem.tensors()]
+    parts = [t.chunk(job.world, 2)[dist.get_rank()] for t in job.tensors()]
     try:
-        call = {"yunchang": _yunchang, "torch-context-parallel": _torch}[name](problem, parts)
+        call = {"yunchang": _yunchang, "torch-context-parallel": _torch}[name](job, parts)
         with torch.no_grad():
             part = call()
             gathered = [torch.empty_like(part) for _ in range(job.world)]
@@ -185,10 +193,10 @@ def _peer(job: Job, name: str, known: oracle.Truth | None) -> Found:
     except ImportError as error:
         return Found(reason=f"{name}: {brief(error, kind=False)}")
     except (NotImplementedError, RuntimeError, AttributeError) as error:
-        return Found(reason=f"does not run on a CPU: {brief(error)}")
+        return Found(reason=f"does not run on a {'GPU' if job.device == 'cuda' else 'CPU'}: {brief(error)}")
 
 
-def _yunchang(problem: Problem, parts: list[Tensor]) -> Callable[[], Tensor]:
+def _yunchang(job: Job, parts: list[Tensor]) -> Callable[[], Tensor]:
     """Its Ulysses exchange around torch's attention: its own attention functions need a GPU."""
     from yunchang import UlyssesAttention
     from yunchang.kernels import AttnType
@@ -201,20 +209,20 @@ def _yunchang(problem: Problem, parts: list[Tensor]) -> Callable[[], Tensor]:
 
     layer.attn_fn = attend
     q, k, v = (t.transpose(1, 2).contiguous() for t in parts)
-    causal = problem.mask.text == "causal"
+    causal = job.problem.mask.text == "causal"
     return lambda: layer(q, k, v, causal=causal).transpose(1, 2)
 
 
-def _torch(problem: Problem, parts: list[Tensor]) -> Callable[[], Tensor]:
+def _torch(job: Job, parts: list[Tensor]) -> Callable[[], Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(job.device, (dist.get_world_size(),))
 
     def call() -> Tensor:
-        q, k, v = problem.tensors()
+        q, k, v = job.tensors()
         with context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=problem.mask.text == "causal")
+            return F.scaled_dot_product_attention(q, k, v, is_causal=job.problem.mask.text == "causal")
 
     return call
 
@@ -229,17 +237,24 @@ def timed(call: Callable[[], object], seconds: float) -> tuple[float, ...]:
 
 
 def _round(call: Callable[[], object]) -> float:
-    dist.barrier()
+    _together()
     start = time.perf_counter()
     call()
-    dist.barrier()
+    _together()
     return (time.perf_counter() - start) * 1e3
+
+
+def _together() -> None:
+    """Waits for this process's GPU, where it has one, and for the other processes."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    dist.barrier()
 
 
 def _judged(whole: list[Tensor], known: oracle.Truth | None) -> dict[str, Any]:
     if known is None:
         return {}
-    sampled = tuple(t[:, :, known.rows] if i < 2 else t for i, t in enumerate(whole))
+    sampled = tuple((t[:, :, known.rows] if i < 2 else t).cpu() for i, t in enumerate(whole))
     return oracle.judge(sampled, known).fields()
 
 
